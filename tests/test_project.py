@@ -1,0 +1,91 @@
+"What is written in two places says the same thing in both."
+import configparser
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aam
+
+if sys.version_info >= (3, 11): import tomllib
+else: import tomli as tomllib
+
+root = Path(__file__).resolve().parent.parent
+pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def load(path):
+    "A script as a module."
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+readme = load(root / ".ci/readme.py")
+
+
+def expected_settings() -> dict:
+    "Each key of settings.ini as pyproject.toml, the package or nbdev itself has it."
+    from nbdev.config import nbdev_defaults
+
+    project, nbdev = pyproject["project"], {**nbdev_defaults, **pyproject["tool"]["nbdev"]}
+    return dict(
+        lib_name=project["name"],
+        version=aam.__version__,
+        description=project["description"],
+        author=project["authors"][0]["name"],
+        license=project["license"],
+        keywords=" ".join(project["keywords"]),
+        min_python=project["requires-python"].removeprefix(">="),
+        console_scripts=" ".join(f"{name}={target}" for name, target in project["scripts"].items()),
+        requirements=" ".join(project["dependencies"]),
+        dev_requirements=" ".join(project["optional-dependencies"]["dev"]),
+        **{key: str(nbdev[key]) for key in ("lib_path", "nbs_path", "doc_path", "tst_flags", "custom_sidebar")},
+    )
+
+
+def test_settings_ini_agrees_with_pyproject():
+    settings = configparser.ConfigParser()
+    settings.read(root / "settings.ini", encoding="utf-8")
+    assert dict(settings["DEFAULT"]) == expected_settings()
+
+
+def test_readme_is_the_index_notebook():
+    assert (root / "README.md").read_text(encoding="utf-8") == readme.readme(), "run: python .ci/readme.py"
+
+
+def test_readme_links_lead_somewhere():
+    text = (root / "README.md").read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
+    assert "nbs/images/overview.svg" in targets
+    assert [t for t in targets if not (root / t).exists()] == []
+
+
+def test_ci_runs_what_readme_shows():
+    command = readme.setup_command("test")
+    assert "nbdev-test" in command and command.endswith("pytest")
+    printed = subprocess.run([sys.executable, root / ".ci/readme.py", "test"], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == command
+    script = (root / ".ci/run").read_text(encoding="utf-8")
+    assert "command=$(python3 .ci/readme.py test)" in script and '-c "$command"' in script
+
+
+def test_readme_shows_options_that_exist():
+    pytest.importorskip("aam.cli")
+    text = (root / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    shown = [line.split() for line in re.findall(r"^aam .*", text, re.M)]
+    assert {words[1] for words in shown} >= {"pretrain", "train", "predict", "rf-baseline"}
+    for words in shown:
+        page = subprocess.run([sys.executable, "-m", "aam.cli", words[1], "--help"], capture_output=True, text=True, check=True).stdout
+        missing = [w for w in words if w.startswith("--") and not re.search(rf"{w}\b", page)]
+        assert missing == [], f"aam {words[1]} has no {missing}"
+
+
+def test_quarto_configuration_is_one_file():
+    link = root / "nbs/_quarto.yml"
+    assert link.is_symlink() and link.readlink() == Path("../_quarto.yml")
+    assert (root / "nbs/styles.css").exists()

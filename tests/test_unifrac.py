@@ -1,0 +1,216 @@
+"Guards of aam.unifrac: scikit-bio as the reference, distance files joined by ID."
+import io
+import logging
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import sparse
+from skbio import TreeNode
+from skbio.diversity import alpha_diversity, beta_diversity
+
+from aam.config import AamError
+from aam.table import make_table, rarefy, read_table
+from aam.unifrac import (Distances, branch_presence, faith_pd, read_distances, read_tree, tree_distances,
+                         unweighted_unifrac, write_distances)
+
+data = Path(__file__).parents[2]/'shared'/'data'
+
+
+def one_line(error):
+    return '\n' not in str(error.value)
+
+
+def names(n):
+    "n different sequences."
+    return [''.join('ACGT'[i >> 2*b & 3] for b in range(4)) for i in range(n)]
+
+
+def random_newick(tips, rng, longest=5):
+    "A rooted tree with polytomies below its root and branches of length 0."
+    def length(): return rng.choice([0, .1, 1, rng.exponential()])
+    trees = [f'{t}:{length():.4f}' for t in tips]
+    while len(trees) > 2:
+        rng.shuffle(trees)
+        k = min(int(rng.integers(2, longest + 1)), len(trees) - 1)
+        trees = [f"({','.join(trees[:k])}):{length():.4f}", *trees[k:]]
+    return f"({','.join(trees)});"
+
+
+def community(tmp_path, n_tips, n_samples, seed, extra=0):
+    "A table, its branches and the tree, which has `extra` more tips than the table."
+    rng = np.random.default_rng(seed)
+    tips = names(n_tips + extra)
+    newick = random_newick(tips, rng)
+    (tmp_path/'tree.nwk').write_text(newick)
+    counts = rng.poisson(rng.choice([.1, 1]), (n_samples, n_tips))
+    counts[0] = 1 # every ASV is in the table
+    counts[-1] = counts[-2]
+    table = make_table(counts, [f's{i}' for i in range(n_samples)], tips[:n_tips])
+    return table, read_tree(tmp_path/'tree.nwk', table.sequences), TreeNode.read(io.StringIO(newick))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_tips=st.integers(2, 40), n_samples=st.integers(2, 12), seed=st.integers(0, 10**6), extra=st.integers(0, 10), block=st.integers(1, 13))
+def test_unifrac_is_that_of_scikit_bio(tmp_path_factory, n_tips, n_samples, seed, extra, block):
+    table, branches, tree = community(tmp_path_factory.mktemp('u'), n_tips, n_samples, seed, extra)
+    counts, reference = table.counts.toarray(), dict(taxa=table.sequences, tree=tree)
+    ours = tree_distances(table, branches, block=block).matrix
+    assert np.abs(ours - beta_diversity('unweighted_unifrac', counts, table.sample_ids, **reference).data).max() <= 1e-6
+    presence = branch_presence(table.counts, branches)
+    np.testing.assert_allclose(faith_pd(presence, branches.lengths), alpha_diversity('faith_pd', counts, **reference), rtol=1e-5, atol=1e-6)
+    assert (presence == (table.counts @ branches.membership.astype(int)).toarray().astype(bool)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_tips=st.integers(2, 40), n_samples=st.integers(2, 12), seed=st.integers(0, 10**6))
+def test_unifrac_is_a_distance(tmp_path_factory, n_tips, n_samples, seed):
+    table, branches, _ = community(tmp_path_factory.mktemp('u'), n_tips, n_samples, seed)
+    presence = branch_presence(table.counts, branches)
+    d = unweighted_unifrac(presence, branches.lengths)
+    assert (d >= 0).all() and (d <= 1).all() and (d.diagonal() == 0).all() and np.abs(d - d.T).max() <= 1e-6
+    assert d[-1, -2] <= 1e-6 # the two are the same
+    assert (d[:, None] <= d[:, :, None].transpose(0, 2, 1) + d[None] + 1e-5).all() # triangle inequality
+    deeper = branch_presence(table.counts * 7, branches)
+    assert (deeper == presence).all() # reads do not matter, presence does
+
+
+def test_a_batch_is_part_of_the_whole(tmp_path):
+    table, branches, _ = community(tmp_path, 60, 20, seed=1, extra=30)
+    whole, ids = tree_distances(table, branches, block=6), ['s7', 's19', 's3']
+    batch = unweighted_unifrac(branch_presence(table.select(ids).counts, branches), branches.lengths)
+    assert np.abs(whole.align(ids) - batch).max() <= 1e-6
+
+
+def test_order_of_asvs_does_not_matter(tmp_path):
+    table, branches, _ = community(tmp_path, 30, 9, seed=2)
+    order = np.random.default_rng(0).permutation(30)
+    again = read_tree(tmp_path/'tree.nwk', [table.sequences[i] for i in order])
+    a = unweighted_unifrac(branch_presence(table.counts, branches), branches.lengths)
+    b = unweighted_unifrac(branch_presence(sparse.csr_matrix(table.counts[:, order]), again), again.lengths)
+    assert np.abs(a - b).max() <= 1e-6
+
+
+def test_a_deep_tree_does_not_exhaust_the_stack(tmp_path):
+    rng = np.random.default_rng(0)
+    tips = sorted({''.join(s) for s in rng.choice(list('ACGT'), (3000, 12))})
+    newick = f'{tips[0]}:1'
+    for t in tips[1:]: newick = f'({newick},{t}:1):1'
+    (tmp_path/'tree.nwk').write_text(newick + ';')
+    assert read_tree(tmp_path/'tree.nwk', tips[:10]).membership.shape[0] == 10
+
+
+def test_tip_names_are_normalised(tmp_path):
+    (tmp_path/'tree.nwk').write_text("(('aaau':1,AAAC:1):1,acgu:2);")
+    assert read_tree(tmp_path/'tree.nwk', ['AAAC', 'AAAT', 'ACGT']).membership.shape == (3, 4)
+
+
+@pytest.mark.parametrize('newick, message', [
+    ('(AAAA:1,AAAC:1,AAAG:1);', 'unrooted'),
+    ('((AAAA:1,AAAC:1):1,AAAT:1);', '1 of 3 ASVs are not tips'),
+    ('((AAAA,AAAC),AAAG);', 'no branch lengths'),
+    ('((AAAA:1,AAAC:-1):1,AAAG:1);', 'negative'),
+    ('((AAAA:1,AAAA:1):1,AAAG:1);', 'occurs twice'),
+    ('((AAAA:1,AAAC:1):1,AAAG', 'not a readable newick tree'),
+    ('', 'not a readable newick tree'),
+])
+def test_trees_that_are_refused(tmp_path, newick, message):
+    (tmp_path/'tree.nwk').write_text(newick)
+    with pytest.raises(AamError, match=message) as error: read_tree(tmp_path/'tree.nwk', ['AAAA', 'AAAC', 'AAAG'])
+    assert one_line(error)
+
+
+@pytest.mark.skipif(not data.exists(), reason='needs ../shared/data')
+def test_moving_pictures_is_that_of_scikit_bio():
+    table = rarefy(read_table(data/'moving_pictures'/'table.biom'), 1172, seed=42)
+    path = data/'moving_pictures'/'tree.nwk'
+    ours = tree_distances(table, read_tree(path, table.sequences), block=10)
+    tree = TreeNode.read(str(path), format='newick', convert_underscores=False)
+    reference = beta_diversity('unweighted_unifrac', table.counts.toarray(), table.sample_ids, taxa=table.sequences, tree=tree)
+    assert len(ours.sample_ids) == 34 and np.abs(ours.matrix - reference.data).max() <= 1e-6
+    file = read_distances(data/'moving_pictures'/'unifrac.h5').align(table.sample_ids)
+    upper = np.triu_indices(34, 1)
+    assert np.corrcoef(file[upper], ours.matrix[upper])[0, 1] > .95 # another draw at the same depth
+
+
+# --- files ---
+
+@pytest.fixture
+def distances():
+    points = np.random.default_rng(0).random((6, 2))
+    return Distances([f'{i:03}' for i in range(5)] + ['NA'], np.linalg.norm(points[:, None] - points, axis=-1).astype(np.float32))
+
+
+@pytest.mark.parametrize('extension', ['.h5', '.npy', '.csv', '.tsv'])
+def test_files_are_joined_by_id_whatever_their_order(tmp_path, distances, extension):
+    order = np.random.default_rng(1).permutation(6)
+    shuffled = Distances([distances.sample_ids[i] for i in order], distances.matrix[np.ix_(order, order)])
+    write_distances(shuffled, tmp_path/f'd{extension}')
+    read = read_distances(tmp_path/f'd{extension}', distances.sample_ids)
+    assert (read.align(distances.sample_ids) == distances.matrix).all()
+    with pytest.raises(AamError, match=r'lacks 2 of 3 samples \(x, 3\)') as error: read.align(['x', '3', '003'])
+    assert one_line(error)
+
+
+def test_npy_without_ids(tmp_path, distances, caplog):
+    np.save(tmp_path/'d.npy', distances.matrix.astype(float))
+    with caplog.at_level(logging.WARNING, 'aam'): read = read_distances(tmp_path/'d.npy', distances.sample_ids)
+    assert read.sample_ids == distances.sample_ids and read.matrix.dtype == np.float32
+    assert len(caplog.records) == 1 and 'd.ids.txt' in caplog.text
+    for ids in [None, distances.sample_ids[:5]]:
+        with pytest.raises(AamError, match='d.ids.txt') as error: read_distances(tmp_path/'d.npy', ids)
+        assert one_line(error)
+    (tmp_path/'d.ids.txt').write_text('a\r\nb\r\n')
+    with pytest.raises(AamError, match='2 sample IDs for 6 rows'): read_distances(tmp_path/'d.npy', distances.sample_ids)
+
+
+def test_pickles_are_not_opened(tmp_path):
+    ran = tmp_path/'ran'
+    class Trap:
+        def __reduce__(self): return Path.touch, (ran,)
+    np.save(tmp_path/'d.npy', np.array([[Trap()]], object), allow_pickle=True)
+    with pytest.raises(AamError, match='not a readable distance matrix') as error: read_distances(tmp_path/'d.npy', ['a'])
+    assert one_line(error) and not ran.exists()
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda m: m.__setitem__((0, 1), m[0, 1] + .01), 'not symmetric'),
+    (lambda m: m.__setitem__((2, 2), 1), 'diagonal'),
+    (lambda m: m.__setitem__((0, 1), np.nan), 'no numbers'),
+    (lambda m: m.__setitem__((0, 1), -1), 'negative'),
+])
+def test_matrices_that_are_refused(tmp_path, distances, damage, message):
+    damage(distances.matrix)
+    for extension in ['.h5', '.tsv']:
+        write_distances(distances, tmp_path/f'd{extension}')
+        with pytest.raises(AamError, match=message) as error: read_distances(tmp_path/f'd{extension}')
+        assert one_line(error)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('\ta\tb\na\t0\t1\nc\t1\t0\n', 'rows and columns differ'),
+    ('\ta\ta\na\t0\t1\na\t1\t0\n', 'occurs twice'),
+    ('\ta\tb\na\t0\tfar\nb\tfar\t0\n', 'not a readable'),
+    ('\ta\tb\na\t0\t\nb\t\t0\n', 'not a readable'),
+    ('\ta\tb\na\t0\t1\n', 'rows and columns differ'),
+    ('', 'not a readable'),
+])
+def test_text_that_is_refused(tmp_path, text, message):
+    (tmp_path/'d.tsv').write_text(text)
+    with pytest.raises(AamError, match=message) as error: read_distances(tmp_path/'d.tsv')
+    assert one_line(error)
+
+
+def test_other_files(tmp_path):
+    (tmp_path/'d.h5').write_bytes(b'\x89HDF\r\n\x1a\n')
+    with h5py.File(tmp_path/'e.h5', 'w') as f: f['matrix'] = np.zeros((2, 2))
+    (tmp_path/'d.npy').write_bytes(b'no array')
+    np.save(tmp_path/'flat.npy', np.zeros(4))
+    (tmp_path/'d.txt').write_text('x')
+    for name in ['d.h5', 'e.h5', 'd.npy', 'flat.npy', 'd.txt', 'absent.h5', 'absent.nwk']:
+        with pytest.raises(AamError) as error: read_distances(tmp_path/name, list('abcd'))
+        assert one_line(error)
+    with pytest.raises(AamError): read_tree(tmp_path/'absent.nwk', ['A'])
+    with pytest.raises(AamError): write_distances(Distances([], np.zeros((0, 0))), tmp_path/'d.txt')
