@@ -27,9 +27,9 @@ def save_checkpoint(state:dict, path:Path):
         f.flush(); os.fsync(f.fileno())
     os.replace(beside, path)
 
-# %% ../nbs/24_checkpoint.ipynb #2157ed31
-def load_checkpoint(path:Path, kinds=('pretrain', 'train')) -> dict:
-    "The dictionary in `path`, a checkpoint of one of `kinds`; raises `AamError` if it is not."
+# %% ../nbs/24_checkpoint.ipynb #8e077371
+def load_checkpoint(path:Path, kinds=('pretrain', 'train'), part:str='weights') -> dict:
+    "The dictionary in `path`, a checkpoint of one of `kinds` that holds `part`; raises `AamError` if it is not."
     path = Path(path)
     if not path.is_file(): raise AamError(f'{path}: no such checkpoint')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
@@ -38,6 +38,7 @@ def load_checkpoint(path:Path, kinds=('pretrain', 'train')) -> dict:
         raise AamError(f'{path}: not a checkpoint of aam; give the best_model.pt or last.pt of a run')
     if state['format'] > format_version: raise AamError(f"{path}: written by a newer aam (format {state['format']}, this one reads {format_version}); update aam")
     if state['kind'] not in kinds: raise AamError(f"{path}: holds a {state['kind']} checkpoint where one of {' or '.join(kinds)} is needed")
+    if part not in state: raise AamError(f"{path}: holds {'the state of a run' if part == 'weights' else 'weights alone'}; give {'best_model.pt' if part == 'weights' else 'last.pt, or the folder of the run'}")
     return state
 
 # %% ../nbs/24_checkpoint.ipynb #8ed362ab

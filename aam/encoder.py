@@ -148,7 +148,7 @@ class UnionHead(nn.Module):
             shift = torch.log(target/found)
             h += shift; self.memberships[2].bias += shift
 
-# %% ../nbs/11_encoder.ipynb #feb37fde
+# %% ../nbs/11_encoder.ipynb #b0452a32
 class EuclidHead(nn.Module):
     "tanh of a scaled Euclidean distance between pooled states."
     needs_states = True
@@ -162,8 +162,8 @@ class EuclidHead(nn.Module):
         return self.out(self.pool(encoded.states[rows], encoded.mask[rows])).float()
 
     def distance(self, a:Tensor, b:Tensor) -> Tensor: # (R, D), (Q, D) -> (R, Q)
-        squares = (a[:, None] - b[None]).square().mean(-1)
-        return torch.tanh(F.softplus(self.scale) * (squares + 1e-8).sqrt())
+        squares = a.square().mean(-1)[:, None] + b.square().mean(-1)[None] - 2*(a @ b.T)/a.shape[1]
+        return torch.tanh(F.softplus(self.scale) * (squares.clamp_min(0) + 1e-8).sqrt())
 
     def calibrate(self, encoded:Encoded, rows:slice=slice(None)): "Needs none."
 

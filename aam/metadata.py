@@ -288,42 +288,46 @@ def hold_out(
     held = {ids[i] for i in held}
     return [i for i in ids if i not in held], [i for i in ids if i in held]
 
-# %% ../nbs/04_metadata.ipynb #ef02220f
+# %% ../nbs/04_metadata.ipynb #b2c580d4
+def _named(ids:list[str]) -> str:
+    "How many, and the first three."
+    return f"{len(ids)}: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}"
+
 def _known_ids(option:str, listed:list[str], ids:list[str]) -> list[str]:
     "The listed IDs that the data have, sorted; the others are counted in a warning."
     known, unknown = sorted(set(listed) & set(ids)), sorted(set(listed) - set(ids))
     if not known:
-        raise AamError(f"{option}: none of its {len(set(listed))} IDs ({', '.join(sorted(set(listed))[:3])}) is among the samples of the data ({', '.join(sorted(ids)[:3])}); IDs must be equal letter by letter")
-    if unknown: log.warning(f"{option}: {len(unknown)} of {len(set(listed))} IDs are not in the data ({', '.join(unknown[:3])}) and are left out")
+        raise AamError(f'{option}: no ID of the list ({_named(unknown)}) is among the samples of the data ({_named(sorted(ids))}); IDs must be equal letter by letter')
+    if unknown: log.warning(f'{option}: left out are IDs that the data lack ({_named(unknown)}), {len(known)} remain')
     return known
 
 def _check_disjoint(lists:dict[str, list[str]]):
     "Raises an `AamError` if a sample is in two lists."
     for (option, one), (other_option, other) in itertools.combinations(lists.items(), 2):
         both = sorted(set(one) & set(other))
-        if both: raise AamError(f"{option} and {other_option} share {len(both)} samples ({', '.join(both[:3])}); a sample can have one use only")
+        if both: raise AamError(f'{option} and {other_option} have samples in common ({_named(both)}); remove them from one of the lists')
 
-# %% ../nbs/04_metadata.ipynb #9dac29bb
+# %% ../nbs/04_metadata.ipynb #b78b39f8
 def _fill_parts(ids:list[str], lists:dict[str, list[str]], divide) -> Split:
     "The three parts; `divide(ids)` draws a fit and a stop part."
     test = lists.get('--test-samples', [])
     fit, stop = lists.get('--train-samples'), lists.get('--val-samples')
     rest = sorted(set(ids) - set(itertools.chain(*lists.values())))
     if fit and stop:
-        if rest: log.info(f'{len(rest)} samples are in no list and are not used')
+        if rest: log.info(f'not used are samples that no list names ({_named(rest)})')
     elif fit and rest:
         stop = rest
-        log.info(f'no --val-samples: the {len(rest)} samples that no list names are used to validate')
+        log.info(f'no --val-samples: the samples that no list names are used to validate ({_named(rest)})')
     elif fit:
         fit, stop = divide(fit)
-        log.info(f'no --val-samples: {len(stop)} of the --train-samples are kept to validate')
+        log.info(f'no --val-samples: some of the --train-samples are kept to validate ({_named(stop)})')
     elif stop:
         fit = rest
         if not fit: raise AamError('--val-samples and --test-samples leave no sample to fit on; shorten one of them')
     else: fit, stop = divide(rest)
     return Split(fit, stop, test)
 
-# %% ../nbs/04_metadata.ipynb #5b1224c6
+# %% ../nbs/04_metadata.ipynb #8592b6d3
 def _warn_of_leaks(split:Split, groups:dict[str, str]=None, classes:dict[str, str]=None):
     "Warns of groups in several parts and of classes that are absent from the fit part."
     parts = dict(fit=split.fit, stop=split.stop, test=split.test)
@@ -331,12 +335,12 @@ def _warn_of_leaks(split:Split, groups:dict[str, str]=None, classes:dict[str, st
         where = {name: {groups[sample_id] for sample_id in part} for name, part in parts.items()}
         for one, other in itertools.combinations(parts, 2):
             shared = natural_sort(where[one] & where[other])
-            if shared: log.warning(f"{len(shared)} groups have samples in both the {one} and the {other} part ({', '.join(shared[:3])}): scores there are not scores of new groups")
+            if shared: log.warning(f'groups with samples in both the {one} and the {other} part ({_named(shared)}): scores there are not scores of new groups')
     if classes:
         unseen = natural_sort(set(classes.values()) - {classes[sample_id] for sample_id in split.fit})
-        if unseen: log.warning(f"no sample to fit on for {len(unseen)} classes ({', '.join(unseen[:3])}): they cannot be predicted")
+        if unseen: log.warning(f'classes without a sample to fit on ({_named(unseen)}): they cannot be predicted')
 
-# %% ../nbs/04_metadata.ipynb #ac783985
+# %% ../nbs/04_metadata.ipynb #a592d824
 def _by_id(values, ids:list[str]) -> dict[str, str]:
     "One value an ID as text, from a series or dict by ID or from a sequence in the order of `ids`; None if there are no values."
     if values is None: return None
@@ -346,8 +350,8 @@ def _by_id(values, ids:list[str]) -> dict[str, str]:
 def _fill_groups(groups:dict[str, str]) -> dict[str, str]:
     "A group of its own for each sample without one."
     if groups is None: return None
-    lacking = sum(group is None for group in groups.values())
-    if lacking: log.warning(f'{lacking} samples have no value in the group column; each counts as a group of its own')
+    lacking = [sample_id for sample_id, group in groups.items() if group is None]
+    if lacking: log.warning(f'samples without a value in the group column ({_named(lacking)}): each counts as a group of its own')
     return {sample_id: f'only {sample_id}' if group is None else group for sample_id, group in groups.items()}
 
 def split_samples(
@@ -362,6 +366,7 @@ def split_samples(
 ) -> Split:
     "Samples to fit, stop and test on; what the lists leave open is drawn at random."
     groups, classes = _fill_groups(_by_id(groups, ids)), _by_id(classes, ids)
+    if classes and None in classes.values(): raise ValueError('samples without a class cannot be stratified: leave them out of `ids`')
     given = {'--train-samples': train, '--val-samples': val, '--test-samples': test}
     given = {option: listed for option, listed in given.items() if listed is not None}
     _check_disjoint(given)

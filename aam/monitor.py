@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['labels', 'tags', 'progress_text', 'progress_bar', 'Record', 'read_metrics', 'Meter']
 
-# %% ../nbs/25_monitor.ipynb #25a8dd71
-import json, sys, time
+# %% ../nbs/25_monitor.ipynb #18a3b1af
+import json, math, sys, time
 from pathlib import Path
 from fastcore.imports import IN_NOTEBOOK
 from tqdm.auto import tqdm
@@ -36,7 +36,7 @@ def progress_bar(total:int, description:str, initial:int=0):
     "A tqdm bar that keeps out of log files."
     return tqdm(total=total, desc=description, initial=initial, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() or IN_NOTEBOOK))
 
-# %% ../nbs/25_monitor.ipynb #293c44d2
+# %% ../nbs/25_monitor.ipynb #ee448651
 tags = {'total': 'train/total_loss', 'target': 'train/target_loss', 'unifrac': 'train/unifrac_loss', 'nuc': 'train/nuc_loss', 'count': 'train/count_loss',
         'nuc_accuracy': 'train/nuc_accuracy', 'lr': 'train/learning_rate', 'grad_norm': 'train/gradient_norm',
         'samples_per_second': 'train/samples_per_second', 'asvs_per_second': 'train/asvs_per_second'}
@@ -56,6 +56,7 @@ class Record:
 
     def epoch(self, values:dict, epoch:int, step:int):
         "One line, and the validation scores as curves."
+        values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()} # JSON has no NaN
         with open(self.path, 'a') as f: f.write(json.dumps(dict(epoch=epoch, step=step, **values)) + '\n')
         for name, value in values.items():
             if name.startswith('val_') and value is not None: self.writer.add_scalar('val/' + name.removeprefix('val_'), value, step)

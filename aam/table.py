@@ -22,8 +22,8 @@ from .tokens import is_dna, normalise_sequence
 
 log = logging.getLogger('aam')
 
-# %% ../nbs/02_table.ipynb #fe5825ed
-@dataclass(repr=False)
+# %% ../nbs/02_table.ipynb #6115306b
+@dataclass(repr=False, eq=False)
 class Table:
     "Reads of N samples in A ASVs; the ASVs are sorted by sequence."
     counts:sparse.csr_matrix # reads, int64, (N, A)
@@ -55,7 +55,7 @@ class Table:
         rows = np.array([place[s] for s in sample_ids], np.int64)
         return Table(self.counts[rows], list(sample_ids), self.sequences, self.file_order)
 
-# %% ../nbs/02_table.ipynb #9e3d41ba
+# %% ../nbs/02_table.ipynb #05be75dc
 def make_table(
     counts, # reads, dense or sparse, (N, A)
     sample_ids:list[str], # (N,)
@@ -66,7 +66,7 @@ def make_table(
     counts = sparse.csr_matrix(counts, dtype=np.int64)
     unique, first, column = np.unique([normalise_sequence(s) for s in sequences], return_index=True, return_inverse=True)
     if merged := len(sequences) - len(unique):
-        log.warning(f'{name}: {merged} ASVs repeat the sequence of another in a different spelling; their reads were added up')
+        log.warning(f'{name}: {merged} of {len(sequences)} ASVs repeat the sequence of another in a different spelling; their reads were added up')
     to_canonical = sparse.csr_matrix((np.ones(len(column), np.int64), (np.arange(len(column)), column)), (len(sequences), len(unique)))
     counts = counts @ to_canonical
     present = np.asarray(counts.sum(0)).ravel() > 0

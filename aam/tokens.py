@@ -136,7 +136,7 @@ def random_masks(
     known, n = _bases_to_hide(tokens, ratio)
     return choose_positions(known, n, keys, seed, step)
 
-# %% ../nbs/01_tokens.ipynb #04e39c03
+# %% ../nbs/01_tokens.ipynb #a8c4bf19
 def _true_first(mask):
     "Column indices of each row, those where `mask` is True first."
     return np.argsort(~mask, axis=1, kind='stable')
@@ -156,11 +156,13 @@ def span_masks(
     visible = length - n
     spans = np.clip(np.round(n/mean_length).astype(np.int64), 1, visible + 1)
     gaps = _true_first(choose_positions(column <= visible[:, None], spans, keys, seed, step, 1))
-    cuts = choose_positions((column >= 1) & (column < n[:, None]), np.minimum(spans - 1, np.maximum(n - 1, 0)), keys, seed, step, 2)
+    # a cut at j begins another stretch with hidden base j
+    cuts = choose_positions((column >= 1) & (column < n[:, None]), np.clip(spans, 1, np.maximum(n, 1)) - 1, keys, seed, step, 2)
     position = np.take_along_axis(gaps, cuts.cumsum(1), 1) + column
-    turn = counter_hash(seed, step, 3, keys) % np.maximum(length, 1).astype(np.uint64)
-    position = (position + turn.astype(np.int64)[:, None]) % np.maximum(length, 1)[:, None]
+    turn = counter_hash(seed, step, 3, keys).astype(np.int64) % np.maximum(length, 1)
+    position = (position + turn[:, None]) % np.maximum(length, 1)[:, None]
     row, j = np.nonzero(column < n[:, None])
     mask = np.zeros((U, L), bool)
-    mask[row, np.take_along_axis(_true_first(known), position[:, :L], 1)[row, j]] = True
+    # positions count known bases; unknown ones and padding stand after them
+    mask[row, _true_first(known)[row, position[row, j]]] = True
     return mask

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Training', 'autocast', 'train_step', 'Validation', 'validate', 'check_finite', 'train_epoch', 'fit']
 
-# %% ../nbs/26_trainer.ipynb #17d62483
+# %% ../nbs/26_trainer.ipynb #d2cc9e91
 import math, time
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from .data import loader
 from .losses import Objective
 from .monitor import Meter, Record, progress_bar, progress_text
 from .layers import update_statistics
+from .metrics import is_better
 from .optim import AveragedWeights, learning_rate, make_optimizer
 from .predictor import Model
 
@@ -136,12 +137,11 @@ def train_epoch(t:Training, mode:str, record:Record=None) -> dict:
                 meter.merge(window); window.reset()
     return meter.means() | dict(seconds=time.perf_counter() - start, lr=t.optimizer.param_groups[0]['lr'])
 
-# %% ../nbs/26_trainer.ipynb #8473c294
+# %% ../nbs/26_trainer.ipynb #1313a3ee
 def fit(t:Training,
     mode:str, # key of `monitor.labels`
     score, # Validation -> dict of scores for the record
-    metric:str='val_loss', # which score chooses the best epoch
-    sign:int=-1, # 1 if more of it is better
+    metric:str='val_loss', # which score chooses the best epoch, a key of `best_metrics`
     save_best=None, # called with the best weights in the model, and the scores
     save_last=None, # called with the training state
     record:Record=None,
@@ -155,7 +155,7 @@ def fit(t:Training,
             scores = dict(val_loss=v.means['total'], **{f'val_{k}_loss': x for k, x in v.means.items() if k in t.objective.weights}, **{f'val_{k}': x for k, x in score(v).items()})
             value = scores[metric if metric == 'val_loss' else 'val_' + metric]
             t.epoch += 1
-            better = math.isfinite(value) and (t.best is None or sign*value > sign*t.best)
+            better = is_better(metric, value, t.best)
             t.best, t.best_epoch, t.waited = (value, t.epoch, 0) if better else (t.best, t.best_epoch, t.waited + 1)
             if better and save_best: save_best(t.model, scores)
         line = {f'train_{k}' if k not in ('seconds', 'lr') else k: x for k, x in trained.items()} | scores

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['transforms', 'unscaled', 'range_scale', 'standard_scale', 'Recipe', 'TargetTransform', 'make_transform']
 
-# %% ../nbs/05_transforms.ipynb #c6e65258
+# %% ../nbs/05_transforms.ipynb #b1fce6b3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from fastcore.basics import patch
 
 from .config import AamError, target_transform_names
 
@@ -45,14 +46,15 @@ transforms = {
 }
 assert tuple(transforms) == target_transform_names
 
-# %% ../nbs/05_transforms.ipynb #f6a5bdf4
+# %% ../nbs/05_transforms.ipynb #92957316
 def _take_log(name:str, values:np.ndarray, sample_ids=None, columns=None) -> np.ndarray:
     "log(y + 1) of non-negative values."
     samples, outputs = np.nonzero(values < 0)
     if len(samples):
         called = [f'{sample_ids[i] if sample_ids is not None else f"row {i}"}: {values[i, o]:g}' for i, o in zip(samples[:3], outputs)]
-        column = f' of column {columns[outputs[0]]!r}' if columns is not None else ''
-        raise AamError(f"--target-transform {name}: {len(samples)} values{column} are negative ({', '.join(called)}); correct them or choose minmax or zscore")
+        column = f' in column {columns[outputs[0]]!r}' if columns is not None else ''
+        more = f', {len(samples)} in all' if len(samples) > 3 else ''
+        raise AamError(f"--target-transform {name}: negative values{column} ({', '.join(called)}{more}); correct them or choose minmax or zscore")
     return np.log1p(values)
 
 # %% ../nbs/05_transforms.ipynb #dc07eb64
@@ -70,7 +72,7 @@ def _category_statistics(values:np.ndarray, categories, offset:np.ndarray, scale
         if (own_offset != offset).any() or (own_scale != scale).any(): found[name] = own_offset, own_scale
     return found
 
-# %% ../nbs/05_transforms.ipynb #3681ee6e
+# %% ../nbs/05_transforms.ipynb #5c44bb2d
 @dataclass
 class TargetTransform:
     "Brings targets to a scale for training, and predictions back."
@@ -84,74 +86,81 @@ class TargetTransform:
         "What the name stands for."
         return transforms[self.name]
 
-    def fit(self,
-        values:np.ndarray, # targets of the samples to fit on, (N, O), NaN where missing
-        categories=None, # category of each sample, (N,) text; anything else is missing
-        sample_ids=None, # to name samples in errors, (N,)
-        columns=None, # to name targets in errors, (O,)
-    ) -> 'TargetTransform':
-        "Learns offset and scale."
-        values = np.asarray(values, dtype=np.float64)
-        empty = np.flatnonzero(np.isnan(values).all(axis=0))
-        if len(empty):
-            raise AamError(f'target {columns[empty[0]] if columns is not None else empty[0]!r} has no value among the samples to fit on; choose another column or other samples')
-        if self.recipe.log: values = _take_log(self.name, values, sample_ids, columns)
-        pairs = [self.recipe.statistics(target[~np.isnan(target)]) for target in values.T]
-        self.offset, self.scale = map(np.array, zip(*pairs))
-        if self.recipe.by_category:
-            self._check_categories(categories)
-            self.categories = _category_statistics(values, categories, self.offset, self.scale)
-        return self
+    def check_categories(self, categories):
+        "Raises an `AamError` if categories are needed and none are given."
+        if self.recipe.by_category and categories is None:
+            raise AamError(f'--target-transform {self.name} needs the category of each sample; give --metadata with the --normalize-by column')
 
-    def encode(self,
-        values:np.ndarray, # targets, (N, O), NaN where missing
-        categories=None, # category of each sample, (N,)
-        sample_ids=None, # to name samples in errors, (N,)
-        columns=None, # to name targets in errors, (O,)
-    ) -> np.ndarray: # (N, O)
-        "Targets on the scale for training."
-        values = np.asarray(values, dtype=np.float64)
-        if self.recipe.log: values = _take_log(self.name, values, sample_ids, columns)
-        offset, scale = self._statistics(values, categories)
-        return (values - offset) / scale
-
-    def decode(self,
-        values:np.ndarray, # predictions on the scale for training, (N, O) or (N, O, Q)
-        categories=None, # category of each sample, (N,)
-    ) -> np.ndarray: # of the same shape
-        "Predictions in the target's own unit."
-        values = np.asarray(values, dtype=np.float64)
-        offset, scale = self._statistics(values, categories)
-        values = values * scale + offset
-        return np.expm1(values) if self.recipe.log else values
-
-    def _check_categories(self, categories):
-        if categories is None: raise AamError(f'--target-transform {self.name} needs the category of each sample; give --metadata with the --normalize-by column')
-
-    def _statistics(self, values, categories):
-        "Offset and scale to broadcast against `values`, (N or 1, O, 1...)."
+    def statistics(self, values:np.ndarray, categories) -> tuple[np.ndarray, np.ndarray]:
+        "Offset and scale for `values`, (N or 1, O, 1...)."
         if self.offset is None: raise ValueError('fit the transform first')
         if values.shape[1] != len(self.offset): raise ValueError(f'{values.shape[1]} targets given, fitted on {len(self.offset)}')
+        self.check_categories(categories)
         pairs = [(self.offset, self.scale)]
-        if self.recipe.by_category:
-            self._check_categories(categories)
-            pairs = [self.categories.get(c, pairs[0]) if isinstance(c, str) else pairs[0] for c in categories]
+        if self.recipe.by_category: pairs = [self.categories.get(c, pairs[0]) if isinstance(c, str) else pairs[0] for c in categories]
         offset, scale = np.array(pairs).swapaxes(0, 1)
-        trailing = (1,) * (values.ndim - 2)
+        trailing = (1,) * (values.ndim - 2) # such as quantiles
         return offset.reshape(*offset.shape, *trailing), scale.reshape(*scale.shape, *trailing)
-
-    def to_dict(self) -> dict:
-        "Plain Python, for a checkpoint or JSON."
-        return dict(name=self.name, offset=self.offset.tolist(), scale=self.scale.tolist(),
-                    categories={c: [offset.tolist(), scale.tolist()] for c, (offset, scale) in self.categories.items()})
-
-    @classmethod
-    def from_dict(cls, saved:dict) -> 'TargetTransform':
-        "The transform that `to_dict` described."
-        categories = {c: (np.array(offset), np.array(scale)) for c, (offset, scale) in saved['categories'].items()}
-        return cls(saved['name'], np.array(saved['offset']), np.array(saved['scale']), categories)
 
 def make_transform(name:str) -> TargetTransform:
     "An unfitted transform by name."
     if name not in transforms: raise AamError(f"--target-transform {name}: choose from {', '.join(transforms)}")
     return TargetTransform(name)
+
+# %% ../nbs/05_transforms.ipynb #1490de60
+@patch
+def fit(self:TargetTransform,
+    values:np.ndarray, # targets of the samples to fit on, (N, O), NaN where missing
+    categories=None, # category of each sample, (N,) text; anything else is missing
+    sample_ids=None, # to name samples in errors, (N,)
+    columns=None, # to name targets in errors, (O,)
+) -> TargetTransform: # itself
+    "Learns offset and scale."
+    values = np.asarray(values, dtype=np.float64)
+    empty = np.flatnonzero(np.isnan(values).all(axis=0))
+    if len(empty):
+        raise AamError(f'target {columns[empty[0]] if columns is not None else empty[0]} has no value among the samples to fit on; choose another column or other samples')
+    self.check_categories(categories)
+    if self.recipe.log: values = _take_log(self.name, values, sample_ids, columns)
+    pairs = [self.recipe.statistics(target[~np.isnan(target)]) for target in values.T]
+    self.offset, self.scale = np.array(pairs).T
+    if self.recipe.by_category: self.categories = _category_statistics(values, categories, self.offset, self.scale)
+    return self
+
+# %% ../nbs/05_transforms.ipynb #56fd21f4
+@patch
+def encode(self:TargetTransform,
+    values:np.ndarray, # targets, (N, O), NaN where missing
+    categories=None, # category of each sample, (N,)
+    sample_ids=None, # to name samples in errors, (N,)
+    columns=None, # to name targets in errors, (O,)
+) -> np.ndarray: # (N, O)
+    "Targets on the scale for training."
+    values = np.asarray(values, dtype=np.float64)
+    if self.recipe.log: values = _take_log(self.name, values, sample_ids, columns)
+    offset, scale = self.statistics(values, categories)
+    return (values - offset) / scale
+
+@patch
+def decode(self:TargetTransform,
+    values:np.ndarray, # predictions on the scale for training, (N, O) or (N, O, Q)
+    categories=None, # category of each sample, (N,)
+) -> np.ndarray: # of the same shape
+    "Predictions in the target's own unit."
+    values = np.asarray(values, dtype=np.float64)
+    offset, scale = self.statistics(values, categories)
+    values = values * scale + offset
+    return np.expm1(values) if self.recipe.log else values
+
+# %% ../nbs/05_transforms.ipynb #e479bdd2
+@patch
+def to_dict(self:TargetTransform) -> dict:
+    "Plain Python, for a checkpoint or JSON."
+    return dict(name=self.name, offset=self.offset.tolist(), scale=self.scale.tolist(),
+                categories={c: [offset.tolist(), scale.tolist()] for c, (offset, scale) in self.categories.items()})
+
+@patch(cls_method=True)
+def from_dict(cls:TargetTransform, saved:dict) -> TargetTransform:
+    "The transform that `to_dict` described."
+    categories = {c: (np.array(offset), np.array(scale)) for c, (offset, scale) in saved['categories'].items()}
+    return cls(saved['name'], np.array(saved['offset']), np.array(saved['scale']), categories)

@@ -6,7 +6,7 @@
 __all__ = ['log', 'distance_readers', 'distance_writers', 'Distances', 'read_distances', 'write_distances', 'Branches',
            'make_branches', 'read_tree', 'branch_presence', 'faith_pd', 'unweighted_unifrac', 'tree_distances']
 
-# %% ../nbs/03_unifrac.ipynb #c264f1b0
+# %% ../nbs/03_unifrac.ipynb #834cd2f6
 import csv, logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,16 @@ import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from skbio import TreeNode
 
-# %% ../nbs/03_unifrac.ipynb #d6f4020b
+# %% ../nbs/03_unifrac.ipynb #4f76e5fd
 from .config import AamError
-from .table import Table, make_table, reason
+from .table import Table, reason
 from .tokens import normalise_sequence
 
 log = logging.getLogger('aam')
 
-# %% ../nbs/03_unifrac.ipynb #8910b2af
-@dataclass(repr=False)
+# %% ../nbs/03_unifrac.ipynb #f2a5516c
+@dataclass(repr=False, eq=False)
 class Distances:
     "A distance matrix and the IDs of its rows."
     sample_ids:list[str] # (N,)
@@ -137,8 +136,8 @@ def write_distances(
     if path.suffix not in distance_writers: raise AamError(f"{path}: not a kind of distance file; choose one of {', '.join(distance_writers)}")
     distance_writers[path.suffix](distances, path)
 
-# %% ../nbs/03_unifrac.ipynb #b19ba7f0
-@dataclass(repr=False)
+# %% ../nbs/03_unifrac.ipynb #4df159ed
+@dataclass(repr=False, eq=False)
 class Branches:
     "The branches above each ASV, and their lengths."
     membership:sparse.csr_matrix # True where a branch leads to an ASV, (A, n_branches)
@@ -172,9 +171,10 @@ def make_branches(
     membership = sparse.csr_matrix((np.ones(len(row), bool), (row, branch[node])), (len(tips), len(merged)))
     return Branches(membership, merged.astype(np.float32))
 
-# %% ../nbs/03_unifrac.ipynb #da2b32e9
+# %% ../nbs/03_unifrac.ipynb #590761e5
 def _read_newick(path):
     "The tree in a file."
+    from skbio import TreeNode # here, because it loads torch, which a run with a distance matrix may do without
     if not path.is_file(): raise AamError(f'{path}: no such file; give a rooted newick tree')
     try: root = TreeNode.read(str(path), format='newick', verify=False, convert_underscores=False)
     except Exception as e: # scikit-bio lets decoding errors and others through

@@ -71,4 +71,4 @@ def test_sidebar_lists_every_notebook_in_order():
 
     listed = list(entries(yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]))
     assert listed[0] == "index.ipynb" and listed[1:] == sorted(listed[1:])
-    assert [path.name for path in notebooks if path.name not in listed] == []
+    assert [path.name for path in notebooks if path.name not in listed] == [], "add to the sidebar in _quarto.yml"

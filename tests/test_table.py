@@ -63,7 +63,7 @@ def test_spellings_empty_samples_and_empty_asvs(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, 'aam'): table = read_table(path)
     assert table.sequences == ['AAAA', 'ACGT'] and table.sample_ids == ['full', 'empty']
     assert (table.counts.toarray() == [[4, 3], [0, 0]]).all() and list(table.file_order) == [3, 0]
-    assert [r.levelname for r in caplog.records] == ['WARNING'] and '1 ASVs repeat' in caplog.text
+    assert [r.levelname for r in caplog.records] == ['WARNING'] and '1 of 4 ASVs repeat' in caplog.text
 
 
 def test_written_table_reads_back_with_the_same_first_asvs(tmp_path, community):
@@ -125,14 +125,15 @@ def test_draws_do_not_depend_on_the_table(community):
     rows, columns = rng.permutation(30)[:17], rng.permutation(80)
     table = make_table(counts, samples, sequences)
     other = make_table(counts[np.ix_(rows, columns)], [samples[i] for i in rows], [sequences[i] for i in columns])
-    drawn, again = rarefy(table, 1000, seed=42), rarefy(other, 1000, seed=42)
+    depth = int(np.median(table.reads))
+    drawn, again = rarefy(table, depth, seed=42), rarefy(other, depth, seed=42)
     assert 0 < len(again) < 17
     for s in again.sample_ids:
         reads = dict(zip(table.sequences, drawn.select([s]).counts.toarray()[0]))
         other_reads = dict(zip(other.sequences, again.select([s]).counts.toarray()[0]))
         assert {k: v for k, v in reads.items() if v} == {k: v for k, v in other_reads.items() if v}
-    assert (rarefy(table, 1000, seed=42, epoch=1).counts != drawn.counts).nnz > 0
-    assert (rarefy(table, 1000, seed=43).counts != drawn.counts).nnz > 0
+    assert (rarefy(table, depth, seed=42, epoch=1).counts != drawn.counts).nnz > 0
+    assert (rarefy(table, depth, seed=43).counts != drawn.counts).nnz > 0
 
 
 def test_chosen_asvs_do_not_depend_on_the_table(community):
@@ -163,3 +164,10 @@ def test_default_depth_is_the_largest_that_nine_in_ten_reach(n):
     depth = default_depth(reads)
     assert 10*(reads >= depth).sum() >= 9*n
     assert depth == 5000 or 10*(reads >= depth + 1).sum() < 9*n
+
+
+def test_sample_ids_that_occur_twice(tmp_path):
+    path = write_biom(tmp_path/'t.biom', np.ones((2, 2)), ['a', 'b'], ['ACGT', 'AAAA'])
+    with h5py.File(path, 'a') as f: f['sample/ids'][1] = 'a'
+    with pytest.raises(AamError) as error: read_table(path)
+    assert one_line(error)

@@ -61,11 +61,10 @@ def test_categories_that_fall_back():
     assert transform.encode([[9. + plain.scale[0]]], ['equal']) == pytest.approx(1)
 
 def test_refusals():
-    with pytest.raises(AamError, match=r"2 values of column 'b' are negative \(s1: -1, s2: -3\)"):
+    with pytest.raises(AamError, match=r"negative values in column 'b' \(s1: -1, s2: -3\)"):
         make_transform('log-zscore').fit([[1., 2.], [3., -1.], [4., -3.]], sample_ids=['s0', 's1', 's2'], columns=['a', 'b'])
     fitted = make_transform('log-minmax').fit([[1.], [2.]])
     with pytest.raises(AamError, match='row 0: -5'): fitted.encode([[-5.]])
-    with pytest.raises(AamError, match="target b has no value"): make_transform('minmax').fit([[1., np.nan]], columns=['a', 'b'])
+    with pytest.raises(AamError, match='target b has no value'): make_transform('minmax').fit([[1., np.nan]], columns=['a', 'b'])
     with pytest.raises(AamError, match='needs the category'): make_transform('zscore-category').fit([[1.], [2.]])
-    with pytest.raises(AamError, match='choose from none, minmax'): make_transform('log')
     with pytest.raises(ValueError, match='fitted on 1'): fitted.decode([[1., 2.]])

@@ -31,7 +31,7 @@ def names(n):
 def random_newick(tips, rng, longest=5):
     "A rooted tree with polytomies below its root and branches of length 0."
     def length(): return rng.choice([0, .1, 1, rng.exponential()])
-    trees = [f'{t}:{length():.4f}' for t in tips]
+    trees = [f'{tips[0]}:0.5'] + [f'{t}:{length():.4f}' for t in tips[1:]]
     while len(trees) > 2:
         rng.shuffle(trees)
         k = min(int(rng.integers(2, longest + 1)), len(trees) - 1)
