@@ -9,9 +9,9 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'SplitOptions', 'EncoderOptions', 'LossOptions', 'TargetOptions', 'TrainingOptions', 'RunOptions', 'command',
            'build_options', 'command_parser', 'parse_command']
 
-# %% ../nbs/00_config.ipynb #880a5df8
+# %% ../nbs/00_config.ipynb #108f6607
 import argparse, difflib, functools, inspect
-from dataclasses import dataclass, fields, replace, asdict, MISSING
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -169,7 +169,7 @@ class TargetOptions(Options):
         if self.freeze_base and self.pretrained_encoder is None:
             raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
 
-# %% ../nbs/00_config.ipynb #1921438e
+# %% ../nbs/00_config.ipynb #5c91dc3a
 @dataclass
 class TrainingOptions(Options):
     "Training"
@@ -199,7 +199,6 @@ class RunOptions(Options):
     seed:int=42 # seed of split, weights, masks and order
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
-    debug:bool=False # show the traceback of an error
 
 # %% ../nbs/00_config.ipynb #6d2f3961
 presets = {
@@ -257,7 +256,7 @@ def build_options(groups, given):
         built[group] = options
     return built
 
-# %% ../nbs/00_config.ipynb #5bf77c69
+# %% ../nbs/00_config.ipynb #be4bc726
 class _Error(AamError): "argparse's own message."
 
 def command_parser(function, name:str) -> argparse.ArgumentParser:
@@ -267,6 +266,7 @@ def command_parser(function, name:str) -> argparse.ArgumentParser:
     parser.usage = ' '.join([name, *[f"{a.option_strings[0]} {a.metavar or 'VALUE'}" for a in parser._actions if a.required and a.option_strings], '[options]'])
     def error(message): raise _Error(f'{message} (see {name} --help)')
     parser.error = error
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     by_name = {a.dest: a for a in parser._actions}
     for options in function.groups.values():
         group = parser.add_argument_group(options.__doc__.splitlines()[0].lower())
@@ -289,4 +289,4 @@ def parse_command(function, argv:list[str], name:str) -> dict:
             raise AamError(f'{flag}: no such option of {name}; did you mean {nearest(flag, flags)[0]}?')
     values, unknown = parser.parse_known_args(argv)
     if unknown: raise AamError(f"{' '.join(unknown)}: not understood (see {name} --help)")
-    return vars(values)
+    return {k: v for k, v in vars(values).items() if k != 'debug'} # which `main` looks for

@@ -7,13 +7,12 @@ __all__ = ['Batch', 'bucket', 'Draw', 'stack_rows', 'hide_asvs', 'SampleData', '
            'draws_to_csr', 'pair_distances', 'nucleotide_task', 'compact', 'make_batch', 'candidate_tensors',
            'add_nucleotides', 'Plan', 'loader', 'all_distances']
 
-# %% ../nbs/06_data.ipynb #f77918b0
+# %% ../nbs/06_data.ipynb #7e3f248c
 import numpy as np
 import torch
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from torch.utils.data import DataLoader
 
-from .config import AamError, InputOptions
 from .table import Table, choose_asvs, draw_rng, relative_abundance, target_draw, unifrac_draw
 from .tokens import counter_hash, decode_tokens, encode_sequences, kmer_ids, mask_id, random_masks, sequence_keys, unknown_id
 from .unifrac import Branches, Distances, branch_presence, unweighted_unifrac

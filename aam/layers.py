@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'Stack', 'masked_mean', 'AttentionPool', 'RunningStandardise', 'update_statistics']
 
-# %% ../nbs/10_layers.ipynb #82c08680
-import math
+# %% ../nbs/10_layers.ipynb #dde14cb5
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

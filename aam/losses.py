@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['target_losses', 'unifrac_loss', 'nuc_loss', 'nuc_correct', 'count_loss', 'huber_loss', 'class_loss', 'Objective']
 
-# %% ../nbs/20_losses.ipynb #92cd73d0
+# %% ../nbs/20_losses.ipynb #b5cf331a
 import torch
 import torch.nn.functional as F
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from torch import Tensor
 
 # %% ../nbs/20_losses.ipynb #5339ae74

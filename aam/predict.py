@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .config import AamError, Number, Options, Required, choice, command, device_names
 
-# %% ../nbs/32_predict.ipynb #accf9d13
+# %% ../nbs/32_predict.ipynb #b2a73d34
 @dataclass
 class PredictOptions(Options):
     "Prediction"
@@ -22,7 +22,6 @@ class PredictOptions(Options):
     batch_size:Number(int, 1)=8 # samples in a batch
     device:choice(device_names)='auto' # where to compute
     overwrite:bool=False # replace --output
-    debug:bool=False # show the traceback of an error
 
 # %% ../nbs/32_predict.ipynb #22495f4a
 def flag_samples(table, depth:int) -> dict:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['view_names', 'CountHead', 'SampleStates', 'sample_states', 'TargetHead', 'Model', 'prime']
 
-# %% ../nbs/13_predictor.ipynb #3054ec95
+# %% ../nbs/13_predictor.ipynb #edf70ec5
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from torch import Tensor
 
 from .config import EncoderOptions

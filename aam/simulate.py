@@ -7,13 +7,13 @@ __all__ = ['seasons', 'habitats', 'file_names', 'Phylogeny', 'yule_tree', 'newic
            'evolve_sequences', 'brownian_traits', 'Survey', 'draw_survey', 'log_abundance', 'draw_reads', 'Community',
            'simulate_community', 'metadata_table', 'rarefied_distances', 'simulate', 'write_community']
 
-# %% ../nbs/35_simulate.ipynb #d583b62f
+# %% ../nbs/35_simulate.ipynb #a9c35041
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .config import AamError, InputOptions
+from .config import AamError, InputOptions, Required, command
 
 # %% ../nbs/35_simulate.ipynb #a523e4ac
 @dataclass
@@ -217,11 +217,12 @@ def rarefied_distances(
         counts.data[row] = unifrac_draw(counts.data[row], depth, InputOptions.rarefy_seed, 0, sample)
     return tree_distances(replace(table, counts=counts), read_tree(tree_path, table.sequences))
 
-# %% ../nbs/35_simulate.ipynb #b37005e8
+# %% ../nbs/35_simulate.ipynb #7552aa61
 file_names = dict(table='table.biom', tree='tree.nwk', unifrac_matrix='unifrac.h5', metadata='metadata.tsv', test_samples='test_samples.txt')
 
+@command
 def simulate(
-    output_dir:Path, # folder for the files
+    output_dir:Required, # folder for the files
     samples:int=160, # samples in all
     asvs:int=250, # ASVs
     subjects:int=40, # sites; each is visited samples/subjects times

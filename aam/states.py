@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['stack_states', 'split_states', 'KeptStates']
 
-# %% ../nbs/15_states.ipynb #67351864
+# %% ../nbs/15_states.ipynb #9f94eb20
 import torch
 from dataclasses import replace
 
-from .data import Batch, Plan, loader, make_batch
+from .data import Batch, Plan, loader
 from .predictor import Model, SampleStates
 
 # %% ../nbs/15_states.ipynb #157c19ff

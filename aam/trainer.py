@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Training', 'autocast', 'train_step', 'Validation', 'validate', 'check_finite', 'train_epoch', 'fit']
 
-# %% ../nbs/26_trainer.ipynb #d2cc9e91
+# %% ../nbs/26_trainer.ipynb #ea987287
 import math, time
 import torch
 import torch.nn as nn
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 from .config import AamError, TrainingOptions

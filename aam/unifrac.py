@@ -225,7 +225,7 @@ def branch_presence(
     presence[np.repeat(sample, np.diff(found.indptr)), found.indices] = 1
     return presence
 
-# %% ../nbs/03_unifrac.ipynb #3f9612a9
+# %% ../nbs/03_unifrac.ipynb #e899d70e
 def faith_pd(
     presence:np.ndarray, # (N, n_branches)
     lengths:np.ndarray, # (n_branches,)
@@ -245,10 +245,11 @@ def unweighted_unifrac(
     "Unweighted UniFrac between all samples; 0 between two empty ones."
     shared = (presence * lengths) @ presence.T
     distance = _unshared(shared, shared.diagonal(), shared.diagonal())
+    distance = np.maximum(distance, distance.T) # BLAS leaves the last bit to chance, scikit-bio wants symmetry
     np.fill_diagonal(distance, 0)
     return distance
 
-# %% ../nbs/03_unifrac.ipynb #f0febf5d
+# %% ../nbs/03_unifrac.ipynb #abb28b16
 def tree_distances(
     table:Table, # rarefied, N samples
     branches:Branches, # of the table's ASVs
@@ -265,5 +266,6 @@ def tree_distances(
             shared = (presence_a * lengths) @ presence_b.T
             matrix[a, b] = _unshared(shared, faith_pd(presence_a, lengths), faith_pd(presence_b, lengths))
             matrix[b, a] = matrix[a, b].T
+        matrix[a, a] = np.maximum(matrix[a, a], matrix[a, a].T)
     np.fill_diagonal(matrix, 0)
     return Distances(list(table.sample_ids), matrix)
