@@ -54,7 +54,7 @@ def build_model(state:dict, **memory) -> Model:
     model.load_state_dict(state['weights'])
     return model
 
-# %% ../nbs/24_checkpoint.ipynb #5da08e7e
+# %% ../nbs/24_checkpoint.ipynb #93ab8849
 def pretrained_options(state:dict, asked:EncoderOptions) -> EncoderOptions:
     "The checkpoint's encoder options; dropout may differ, anything else that was asked for must agree."
     stored = EncoderOptions(**state['encoder'])
@@ -65,8 +65,9 @@ def pretrained_options(state:dict, asked:EncoderOptions) -> EncoderOptions:
     stored.dropout = asked.dropout
     return stored
 
-def load_pretrained(model:Model, state:dict):
-    "Copies the encoder's weights, and those of the heads that both models have."
+def load_pretrained(model:Model, state:dict) -> list[str]:
+    "Copies the encoder's weights, and those of the heads that both models have; returns the names of these heads."
     weights = {k: v for k, v in state['weights'].items() if k.startswith('encoder.') or k.split('.')[1] in set(model.tasks) - {'target'}}
     missing = model.load_state_dict(weights, strict=False).missing_keys
     assert not [k for k in missing if k.startswith('encoder.')], missing
+    return sorted({k.split('.')[1] for k in weights if k.startswith('heads.')})

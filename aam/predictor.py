@@ -142,15 +142,17 @@ class Model(nn.Module):
         states = torch.cat([self.encoder.asvs.nucleotides(c, batch.ragged) for c in chunks])
         return F.embedding(batch.nuc_positions, states.flatten(0, 1))
 
-# %% ../nbs/13_predictor.ipynb #908e8bbd
+# %% ../nbs/13_predictor.ipynb #10d96f48
 @torch.no_grad()
-def prime(model:Model, batch):
-    "Starts running statistics and the UniFrac head from `batch`."
+def prime(model:Model, batch, loaded=()):
+    "Starts from `batch` the running statistics that have seen nothing, and the UniFrac head unless it is among the heads `loaded`."
     training = model.training
     model.train()
+    statistics = [m for m in model.modules() if isinstance(m, RunningStandardise)]
+    fresh = [m for m in statistics if not m.updates]
     for _ in range(2): # sums of standardised vectors can only be noted once the vectors are standardised
         model(batch)
-        for m in model.modules():
-            if isinstance(m, RunningStandardise): m.restart()
-    if 'unifrac' in batch.views: model.heads['unifrac'].calibrate(model.encode(batch), batch.rows('unifrac'))
+        for m in fresh: m.restart()
+    if 'unifrac' in batch.views and 'unifrac' not in loaded: model.heads['unifrac'].calibrate(model.encode(batch), batch.rows('unifrac'))
+    for m in statistics: m.pending = None # the first step is to count its own batch alone
     model.train(training)

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'score_columns', 'parse_max_features', 'ForestOptions', 'BaselineOptions', 'output_paths', 'check_output',
-           'drawn_shares', 'predict_numbers', 'predict_classes', 'read_target', 'learn_reference', 'guess_scores',
-           'score_table', 'BaselineResult', 'draw_plots', 'write_results', 'rf_baseline']
+           'drawn_shares', 'predict_numbers', 'predict_classes', 'read_classes_or_numbers', 'learn_reference',
+           'guess_scores', 'score_table', 'BaselineResult', 'draw_plots', 'write_results', 'rf_baseline']
 
-# %% ../nbs/33_rf_baseline.ipynb #93cd44df
+# %% ../nbs/33_rf_baseline.ipynb #2e08a637
 import logging, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from .config import AamError, InputOptions, Number, Options, Required, RequiredText, SplitOptions, command
+from .config import AamError, InputOptions, Number, Options, Required, RequiredText, SplitOptions, TargetOptions, command
 
 # %% ../nbs/33_rf_baseline.ipynb #459086f5
 log = logging.getLogger('aam')
@@ -41,7 +39,7 @@ class ForestOptions(Options):
         parse_max_features(self.max_features)
         if self.n_jobs == 0: raise AamError('--n-jobs 0: must be -1 (all cores) or at least 1')
 
-# %% ../nbs/33_rf_baseline.ipynb #19134ee2
+# %% ../nbs/33_rf_baseline.ipynb #9f22541b
 @dataclass
 class BaselineOptions(Options):
     "Input and output"
@@ -54,7 +52,6 @@ class BaselineOptions(Options):
     rarefy_seed:int=42 # seed of the rarefaction, as for train
     seed:int=42 # seed of the split, as for train
     overwrite:bool=False # replace existing output
-    debug:bool=False # show the traceback of an error
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]
@@ -64,10 +61,10 @@ class BaselineOptions(Options):
             raise AamError(f'--metadata-column {self.metadata_column}: --classifier predicts one column, give one')
         if self.output.suffix == '.png': raise AamError(f'--output {self.output}: is where the predictions go; call it .tsv, the plot is written beside it')
 
-# %% ../nbs/33_rf_baseline.ipynb #c388d7ab
+# %% ../nbs/33_rf_baseline.ipynb #77eb1e98
 def output_paths(options:BaselineOptions) -> dict[str, Path]:
     "The files that a run may write, by what they hold."
-    beside = lambda ending: options.output.with_name(options.output.stem + ending)
+    beside = lambda ending: options.output.parent / (options.output.stem + ending)
     plots = {'plot': beside('.png')} if len(options.columns) == 1 else {
         f'plot_{c}': beside('_' + re.sub(r'[^\w.-]+', '_', c) + '.png') for c in options.columns}
     return {'predictions': options.output, **plots, 'dropped': beside('_dropped.tsv')}
@@ -81,13 +78,14 @@ def check_output(options:BaselineOptions, paths:dict[str, Path]):
         if path.exists() and not options.overwrite:
             raise AamError(f'--output {options.output}: {path} exists; give another file, or --overwrite to replace it')
 
-# %% ../nbs/33_rf_baseline.ipynb #49251b44
+# %% ../nbs/33_rf_baseline.ipynb #30afeb01
 def drawn_shares(
     table, # `aam.table.Table`
     depth:int, # reads per sample, at most
     seed:int, # --rarefy-seed
 ): # scipy sparse, float32, (N, A)
     "Relative abundances of one rarefaction of each sample."
+    import numpy as np
     from scipy import sparse
     from aam.table import target_draw
     drawn = table.counts.copy()
@@ -99,15 +97,16 @@ def drawn_shares(
     shares.eliminate_zeros()
     return shares.tocsr().astype(np.float32)
 
-# %% ../nbs/33_rf_baseline.ipynb #3df8ec32
+# %% ../nbs/33_rf_baseline.ipynb #d1487988
 def predict_numbers(
     fit_shares, # (N, A)
-    fit_values:np.ndarray, # (N, O), NaN where missing
+    fit_values, # (N, O), NaN where missing
     shares, # of the samples to predict, (M, A)
     columns:list[str], # (O,)
     **forest, # scikit-learn's settings
-) -> np.ndarray: # (M, O)
+): # (M, O)
     "Predictions of one regression forest for each column."
+    import numpy as np
     from sklearn.ensemble import RandomForestRegressor
     predicted = np.empty((shares.shape[0], len(columns)))
     for o, column in enumerate(columns):
@@ -118,42 +117,41 @@ def predict_numbers(
 
 def predict_classes(
     fit_shares, # (N, A)
-    fit_classes:np.ndarray, # class index, (N,)
+    fit_classes, # class index, (N,)
     shares, # of the samples to predict, (M, A)
     n_classes:int,
     **forest, # scikit-learn's settings
-) -> np.ndarray: # (M, C)
+): # (M, C)
     "Class probabilities of a classification forest."
+    import numpy as np
     from sklearn.ensemble import RandomForestClassifier
     fitted = RandomForestClassifier(**forest).fit(fit_shares, fit_classes)
     probabilities = np.zeros((shares.shape[0], n_classes))
     probabilities[:, fitted.classes_] = fitted.predict_proba(shares)
     return probabilities
 
-# %% ../nbs/33_rf_baseline.ipynb #4c7b364f
-def read_target(options:BaselineOptions, inputs):
-    "The `Target` of the columns; drops the samples of `inputs` that have none."
-    from aam.inference import Target
-    from aam.metadata import class_targets, get_column, is_text_column
-    columns = options.columns
-    text = len(columns) == 1 and is_text_column(get_column(inputs.frame, columns[0]))
-    if text and not options.classifier: log.info(f'column {columns[0]!r} holds text: its values are predicted as classes')
-    classes = class_targets(inputs.frame, columns[0])[1] if text or options.classifier else None
-    target = Target(columns, classes)
-    actual = target.actual(inputs.frame)
-    missing = actual < 0 if classes else np.isnan(actual).all(axis=1)
-    inputs.drop(np.array(inputs.sample_ids, object)[missing], f"no value in {', '.join(columns)}")
-    return target
+# %% ../nbs/33_rf_baseline.ipynb #f1f24d11
+def read_classes_or_numbers(options:BaselineOptions, inputs):
+    "The `Target` of the columns; the samples of `inputs` without any value are dropped."
+    from aam.metadata import get_column, is_text_column
+    from aam.train import read_target
+    text = len(options.columns) == 1 and is_text_column(get_column(inputs.frame, options.columns[0]))
+    if text and not options.classifier: log.info(f'column {options.columns[0]!r} holds text: its values are predicted as classes')
+    asked = TargetOptions(metadata=options.metadata, metadata_column=options.metadata_column, classifier=text or options.classifier)
+    return read_target(asked, inputs)[0]
 
-def learn_reference(target, actual:np.ndarray):
+def learn_reference(target, actual):
     "Gives `target` the plainest guess: means, or shares of the classes, of the samples to fit on."
-    target.reference = (np.bincount(actual, minlength=len(target.classes)) / len(actual) if target.classes else np.nanmean(actual, axis=0)).tolist()
+    import numpy as np
+    shares = np.bincount(actual, minlength=len(target.classes)) / len(actual) if target.classes else np.nanmean(actual, axis=0)
+    target.reference = shares.tolist()
 
-# %% ../nbs/33_rf_baseline.ipynb #dacac8a0
+# %% ../nbs/33_rf_baseline.ipynb #3cf7250a
 score_columns = {'r2': 'R2', 'mae': 'MAE', 'rmse': 'RMSE', 'accuracy': 'accuracy', 'f1': 'macro F1'}
 
-def guess_scores(target, actual:np.ndarray) -> dict[str, float]:
+def guess_scores(target, actual) -> dict[str, float]:
     "Scores of predicting the training mean, or the most frequent training class, for every sample."
+    import numpy as np
     guess = np.eye(len(target.classes))[np.argmax(target.reference)] if target.classes else np.array(target.reference)
     return target.scores(actual, np.broadcast_to(guess, (len(actual), len(guess))))
 
@@ -161,18 +159,19 @@ def score_table(target, scores:dict[str, float], guesses:dict[str, float]) -> st
     "The forest's scores above those of guessing, as text."
     import pandas as pd
     rows = {'Random Forest': scores, ('most frequent class' if target.classes else 'training mean'): guesses}
-    if len(target.columns) > 1: # scores of one column are called r2_ph and so on
-        rows = {f'{column}: {who}': {name: found[f'{name}_{column}'] for name in ('r2', 'mae', 'rmse')} for column in target.columns for who, found in rows.items()}
-    shown = pd.DataFrame({who: {label: found[name] for name, label in score_columns.items() if name in found} for who, found in rows.items()}).T
-    return shown.to_string(float_format=lambda value: f'{value:.4g}')
+    if len(target.columns) > 1: # the score r2 of the column ph is called r2_ph
+        rows = {f'{column}, {who}': {name: found[f'{name}_{column}'] for name in ('r2', 'mae', 'rmse')} for column in target.columns for who, found in rows.items()}
+    digits = lambda name: '.4g' if name in ('mae', 'rmse') else '.3f' # errors have the unit of the column
+    shown = {who: {label: format(found[name], digits(name)) for name, label in score_columns.items() if name in found} for who, found in rows.items()}
+    return pd.DataFrame(shown).T.to_string()
 
-# %% ../nbs/33_rf_baseline.ipynb #59e9922f
+# %% ../nbs/33_rf_baseline.ipynb #de22e498
 @dataclass
 class BaselineResult:
     "What `rf_baseline` found."
     scores:dict # of the forest
     guess_scores:dict # of the training mean or the most frequent class
-    predictions:object=field(repr=False) # data frame, a row for each sample predicted
+    predictions:object=field(repr=False) # pandas data frame, a row for each sample predicted
     paths:dict=field(default_factory=dict) # file by what it holds
 
 def _fit_and_predict(options:BaselineOptions, forest:ForestOptions, inputs, split, target):
@@ -180,27 +179,22 @@ def _fit_and_predict(options:BaselineOptions, forest:ForestOptions, inputs, spli
     fit_ids, held_ids = (split.fit + split.stop, split.test) if split.test else (split.fit, split.stop)
     fit_actual, actual = (target.actual(inputs.frame.loc[ids]) for ids in (fit_ids, held_ids))
     fit_shares, shares = (drawn_shares(inputs.table.select(ids), inputs.depth, options.rarefy_seed) for ids in (fit_ids, held_ids))
-    learn_reference(target, fit_actual)
     settings = dict(n_estimators=forest.n_estimators, max_features=parse_max_features(forest.max_features), random_state=forest.random_seed, n_jobs=forest.n_jobs)
     log.info(f'fitting {forest.n_estimators} trees on {len(fit_ids)} samples to predict {len(held_ids)}')
     predicted = (predict_classes(fit_shares, fit_actual, shares, len(target.classes), **settings) if target.classes else
                  predict_numbers(fit_shares, fit_actual, shares, target.columns, **settings))
+    learn_reference(target, fit_actual)
     return held_ids, predicted, actual
 
-# %% ../nbs/33_rf_baseline.ipynb #e06e08aa
-def draw_plots(target, predicted:np.ndarray, actual:np.ndarray, scores:dict, label:str) -> dict:
-    "A figure by column: predicted against actual, or the confusion matrix."
+# %% ../nbs/33_rf_baseline.ipynb #24558ca6
+def draw_plots(target, predicted, actual, scores:dict, label:str) -> list:
+    "A figure for each column: predicted against actual, or the confusion matrix."
     from aam.figures import confusion, predicted_actual
-    if target.classes: return {target.columns[0]: confusion(actual, predicted.argmax(axis=1), target.classes, scores, label)}
-    guesses = guess_scores(target, actual)
-    figures = {}
-    for o, column in enumerate(target.columns):
-        named = lambda name: name if len(target.columns) == 1 else f'{name}_{column}'
-        shown = {name: scores[named(name)] for name in ('r2', 'mae', 'rmse')} | {'mean_mae': guesses[named('mae')]}
-        figures[column] = predicted_actual(actual[:, o], predicted[:, o], column, shown, label)
-    return figures
+    if target.classes: return [confusion(actual, predicted.argmax(axis=1), target.classes, scores, label)]
+    own = lambda column: {name: scores.get(f'{name}_{column}', scores[name]) for name in ('r2', 'mae', 'rmse', 'mean_mae')}
+    return [predicted_actual(actual[:, o], predicted[:, o], column, own(column), label) for o, column in enumerate(target.columns)]
 
-def write_results(paths:dict[str, Path], predictions, figures:dict, inputs) -> dict[str, Path]:
+def write_results(paths:dict[str, Path], predictions, figures:list, inputs) -> dict[str, Path]:
     "Writes predictions, plots and dropped samples; returns the files written."
     from aam.figures import save_figure
     paths['predictions'].parent.mkdir(parents=True, exist_ok=True)
@@ -208,23 +202,25 @@ def write_results(paths:dict[str, Path], predictions, figures:dict, inputs) -> d
     predictions.to_csv(unfinished, sep='\t', index=False)
     os.replace(unfinished, paths['predictions'])
     plots = [name for name in paths if name.startswith('plot')]
-    for name, figure in zip(plots, figures.values()): save_figure(figure, paths[name])
+    for name, figure in zip(plots, figures): save_figure(figure, paths[name])
     paths['dropped'].unlink(missing_ok=True) # of an earlier run
     if inputs.dropped: inputs.write_dropped(paths['dropped'])
     return {name: path for name, path in paths.items() if path.exists()}
 
-# %% ../nbs/33_rf_baseline.ipynb #d0c04565
+# %% ../nbs/33_rf_baseline.ipynb #fc379b40
 @command
 def rf_baseline(options:BaselineOptions, split:SplitOptions, forest:ForestOptions) -> BaselineResult:
     "Fits a Random Forest on the samples that aam fits on, and scores it on those that aam is scored on."
-    paths = output_paths(options)
-    check_output(options, paths)
     from aam.inference import prediction_frame
     from aam.inputs import read_inputs, read_split
     from aam.metadata import get_column
+    from aam.run import start_messages
+    start_messages()
+    paths = output_paths(options)
+    check_output(options, paths)
     # a forest reads all ASVs: the limit is set out of reach
     inputs = read_inputs(InputOptions(table=options.table, rarefy_depth=options.rarefy_depth, rarefy_seed=options.rarefy_seed, token_limit=2**31), options.metadata)
-    target = read_target(options, inputs)
+    target = read_classes_or_numbers(options, inputs)
     parts = read_split(split, inputs, options.seed, get_column(inputs.frame, target.columns[0]) if target.classes else None)
     held_ids, predicted, actual = _fit_and_predict(options, forest, inputs, parts, target)
     scores, guesses = target.scores(actual, predicted), guess_scores(target, actual)

@@ -34,7 +34,7 @@ def pick_device(name:str) -> str:
     if name == 'cuda' and not torch.cuda.is_available(): raise AamError('--device cuda: PyTorch finds no GPU here; use --device cpu or auto')
     return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
 
-# %% ../nbs/29_session.ipynb #ea59a677
+# %% ../nbs/29_session.ipynb #e1dedcfa
 class Session:
     "A run of `pretrain` or `train`."
     def __init__(self, kind:str, **options):
@@ -72,10 +72,10 @@ class Session:
         self.stored = {name: o.to_dict() for name, o in self.options.items()}
         self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **facts))
 
-    def fit(self, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', more=None) -> Training:
-        "Trains, keeping `best_model.pt` (with what `more` adds) and `last.pt`; ends with the best weights in `model`."
+    def fit(self, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', more=None, loaded=()) -> Training:
+        "Trains, keeping `best_model.pt` (with what `more` adds) and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew."
         options, seed = self.options['training'], self.options['run'].seed
-        if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device))
+        if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
         t = Training(model, objective, train, stop, options, seed, self.device)
         if self.resumed:
             t.load_state_dict(self.resumed['training'])

@@ -40,7 +40,7 @@ def fit_target(target, actual, inputs, fit):
     deviation = np.nanstd(encoded[fit], 0)
     return encoded.astype(np.float32), np.nanmean(encoded[fit], 0), np.where(deviation > 0, deviation, 1.)
 
-# %% ../nbs/31_train.ipynb #e9ebb1fc
+# %% ../nbs/31_train.ipynb #d5440c43
 @command
 def train(
     input:InputOptions,
@@ -86,7 +86,7 @@ def train(
     model = Model(encoder, tuple(weights), goal.outputs, training.gradient_checkpointing, training.asv_chunk_size)
     head = model.heads['target']
     head.centre.copy_(torch.tensor(centre)); head.scale.copy_(torch.tensor(deviation))
-    if pretrained: load_pretrained(model, pretrained)
+    loaded = load_pretrained(model, pretrained) if pretrained else ()
     views = tuple(v for v in ('target', 'count', 'unifrac') if v in weights)
     plans = [Plan(data, samples, views, 'nuc' in weights, training.batch_size, training=t) for samples, t in ((fit, True), (stop, False))]
     if target.freeze_base:
@@ -98,7 +98,7 @@ def train(
         scores = goal.scores(actual[stop], goal.readable(v.target, None if categories is None else categories[stop]))
         return scores | (distances(model, v) if distances else {})
     objective = Objective(weights, 'cross_entropy' if goal.classes else 'huber', target_deviation=torch.tensor(deviation, dtype=torch.float32), **units)
-    session.fit(model, objective, *plans, 'classification' if goal.classes else 'regression', score, target.best_metric)
+    session.fit(model, objective, *plans, 'classification' if goal.classes else 'regression', score, target.best_metric, loaded=loaded)
 
     predictor = load_predictor(load_checkpoint(session.folder.best))
     scores = {part: score_part(session.folder, part, ids, predictor, inputs, training.batch_size, session.device, log)

@@ -1,0 +1,271 @@
+"Each mistake: one line on standard error, exit code 2, nothing overwritten, nothing executed."
+import hashlib
+import json
+import pickle
+import re
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from aam.cli import commands, load_command
+from aam.table import make_table, read_table, write_table
+
+heavy = 'torch', 'pandas', 'biom', 'skbio', 'sklearn'
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def refused(aam, *words, says=(), **how):
+    "The one line that `words` end with."
+    process = aam(*words, fails=True, **how)
+    assert process.returncode == 2, process.out + process.err
+    assert 'Traceback' not in process.out + process.err
+    line = process.err.strip().splitlines()
+    errors = [text for text in line if text.startswith('aam: ')]
+    assert len(errors) == 1 and line[-1] == errors[0], process.err # notices may come before it, nothing after it
+    for word in says: assert word in errors[0], (word, errors[0])
+    return errors[0]
+
+
+@pytest.fixture(scope='module')
+def folder(survey, once):
+    "The survey and damaged versions of its files."
+    return once('damaged', lambda path: damage(survey, path))
+
+
+def damage(survey, path):
+    path.mkdir(parents=True)
+    whole = (survey/'table.biom').read_bytes()
+    (path/'truncated.biom').write_bytes(whole[:len(whole)//2])
+    (path/'empty.biom').write_bytes(b'')
+    table = read_table(survey/'table.biom')
+
+    import biom
+    import h5py
+
+    def write(name, matrix, observations):
+        with h5py.File(path/name, 'w') as f: biom.Table(matrix, observations, table.sample_ids).to_hdf5(f, 'test')
+    counts = table.counts.toarray().T.astype(float)
+    write('md5.biom', counts, [hashlib.md5(s.encode()).hexdigest() for s in table.sequences])
+    write('fractions.biom', counts/counts.sum(0), table.sequences)
+    write('half.biom', counts + 0.5*(counts > 0), table.sequences)
+    write('negative.biom', np.where(counts > 1000, -1, counts), table.sequences)
+    write_table(make_table(table.counts, [f'x{s}' for s in table.sample_ids], table.sequences), path/'others.biom')
+    write_table(make_table(table.counts, table.sample_ids, ['ACGT' + s for s in table.sequences]), path/'longer.biom')
+
+    from aam.unifrac import Distances, read_distances, write_distances
+    distances = read_distances(survey/'unifrac.h5')
+    write_distances(Distances(distances.sample_ids[4:], distances.matrix[4:, 4:]), path/'lacking.h5')
+    (path/'truncated.h5').write_bytes((survey/'unifrac.h5').read_bytes()[:1000])
+    np.save(path/'small.npy', distances.matrix[:5, :5])
+    np.save(path/'objects.npy', np.array([Boom(path/'npy_was_executed')], object), allow_pickle=True)
+    (path/'broken.nwk').write_text((survey/'tree.nwk').read_text()[:200])
+
+    frame = pd.read_csv(survey/'metadata.tsv', sep='\t', dtype=str, keep_default_na=False)
+    frame['single'] = ['odd', *['even']*(len(frame) - 1)]
+    frame['constant'] = 'same'
+    frame['negative'] = np.linspace(-3, 3, len(frame)).round(3)
+    frame['hopeless'] = ''
+    frame['own_group'] = ['a' if h == 'forest' else 'b' for h in frame.habitat]
+    frame.to_csv(path/'metadata.tsv', sep='\t', index=False)
+    pd.concat([frame, frame[:1]]).to_csv(path/'twice.tsv', sep='\t', index=False)
+    (path/'foreign_ids.txt').write_text('nobody\nnothing\n')
+
+    (path/'text.pt').write_text('not a checkpoint')
+    torch.save({'weights': {}}, path/'foreign.pt')
+    (path/'malicious.pt').write_bytes(pickle.dumps(Boom(path/'pickle_was_executed')))
+    torch.save({'format': 1, 'kind': 'train', 'weights': Boom(path/'archive_was_executed')}, path/'malicious_archive.pt')
+
+
+class Boom:
+    "Leaves a file behind when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return (eval, (f'open({str(self.path)!r}, "w").write("executed")',))
+
+
+base = {
+    'train': dict(table='SURVEY/table.biom', metadata='HERE/metadata.tsv', metadata_column='soil_ph', output_dir='OUT/run'),
+    'pretrain': dict(table='SURVEY/table.biom', tree='SURVEY/tree.nwk', output_dir='OUT/run'),
+    'predict': dict(model='TRAINED/checkpoints/best_model.pt', table='SURVEY/table.biom', output='OUT/predictions.tsv'),
+    'rf-baseline': dict(table='SURVEY/table.biom', metadata='HERE/metadata.tsv', metadata_column='soil_ph', output='OUT/forest.tsv'),
+}
+classes = dict(metadata_column='habitat', classifier=True)
+checkpoint = 'not a checkpoint of aam'
+inputs_wrong = [ # command, options, what the message names
+    ('train', dict(table='OUT/none.biom'), ['--table', 'none.biom', 'no such file']),
+    ('train', dict(metadata='OUT/none.tsv'), ['none.tsv', 'no such file']),
+    ('train', dict(tree='OUT/none.nwk'), ['--tree', 'none.nwk', 'no such file']),
+    ('pretrain', dict(tree=None, unifrac_matrix='OUT/none.h5'), ['--unifrac-matrix', 'none.h5', 'no such file']),
+    ('train', dict(train_samples='OUT/none.txt'), ['none.txt', 'no such file']),
+    ('predict', dict(table='OUT/none.biom'), ['none.biom', 'no such file']),
+    ('predict', dict(model='OUT/none.pt'), ['none.pt', 'no such']),
+    ('rf-baseline', dict(table='OUT/none.biom'), ['none.biom', 'no such file']),
+    ('train', dict(table='HERE/truncated.biom'), ['truncated.biom']),
+    ('train', dict(table='HERE/empty.biom'), ['empty.biom']),
+    ('predict', dict(table='HERE/truncated.biom'), ['truncated.biom']),
+    ('train', dict(table='HERE/md5.biom'), ['md5.biom', 'not DNA', 'export the table with the sequences as IDs']),
+    ('pretrain', dict(table='HERE/half.biom'), ['half.biom', 'integer|whole|count']),
+    ('train', dict(table='HERE/negative.biom'), ['negative.biom', 'negative']),
+    ('train', dict(table='HERE/others.biom'), ['no sample ID is common', 'xsite']),
+    ('rf-baseline', dict(table='HERE/others.biom'), ['no sample ID is common', 'xsite']),
+    ('pretrain', dict(table='HERE/longer.biom'), ['tree', 'tip|ASV']),
+    ('pretrain', dict(tree='HERE/broken.nwk'), ['broken.nwk']),
+    ('train', dict(metadata_column='soil_pH'), ["no column 'soil_pH'", 'soil_ph', 'habitat', 'season']),
+    ('train', dict(group_column='subject'), ["no column 'subject'", 'subject_id']),
+    ('rf-baseline', dict(metadata_column='soil_pH'), ["no column 'soil_pH'", 'soil_ph', 'habitat']),
+    ('train', dict(metadata_column='habitat'), ["'habitat'", 'not a number', '--classifier']),
+    ('train', dict(metadata_column='hopeless'), ["'hopeless'", 'no value']),
+    ('train', classes | dict(metadata_column='single'), ["'odd'", 'one sample']),
+    ('train', classes | dict(metadata_column='constant'), ["'constant'", "'same'"]),
+    ('train', classes | dict(group_column='own_group'), ["'forest'", 'group']),
+    ('train', dict(metadata_column='negative', target_transform='log-minmax'), ['negative', 'log']),
+    ('train', dict(metadata='HERE/twice.tsv'), ['two rows']),
+    ('train', dict(val_samples='HERE/foreign_ids.txt'), ['--val-samples', 'nobody']),
+    ('train', dict(train_samples='TRAINED/train_samples.txt', val_samples='TRAINED/train_samples.txt'), ['--train-samples', '--val-samples', 'in common']),
+    ('train', dict(unifrac_matrix='HERE/lacking.h5'), ['lack|not in|missing']),
+    ('pretrain', dict(tree=None, unifrac_matrix='HERE/truncated.h5'), ['truncated.h5']),
+    ('pretrain', dict(tree=None, unifrac_matrix='HERE/small.npy'), ['small.npy', '5']),
+    ('pretrain', dict(tree=None, unifrac_matrix='HERE/objects.npy'), ['objects.npy']),
+    ('train', dict(rarefy_depth=10**6), ['--rarefy-depth 1000000']),
+    ('train', dict(pretrained_encoder='HERE/text.pt'), ['text.pt', checkpoint]),
+    ('train', dict(pretrained_encoder='HERE/malicious.pt'), ['malicious.pt', checkpoint]),
+    ('train', dict(pretrained_encoder='PRETRAINED/checkpoints/last.pt'), ['last.pt', 'best_model.pt']),
+    ('train', dict(pretrained_encoder='PRETRAINED/checkpoints/best_model.pt', embedding_dim=32), ['--embedding-dim 32', '16']),
+    ('predict', dict(model='HERE/text.pt'), ['text.pt', checkpoint]),
+    ('predict', dict(model='HERE/foreign.pt'), ['foreign.pt', checkpoint]),
+    ('predict', dict(model='HERE/malicious.pt'), ['malicious.pt', checkpoint]),
+    ('predict', dict(model='HERE/malicious_archive.pt'), ['malicious_archive.pt', checkpoint]),
+    ('predict', dict(model='SURVEY/table.biom'), ['table.biom', checkpoint]),
+    ('predict', dict(model='PRETRAINED/checkpoints/best_model.pt'), ['best_model.pt', 'pretrain', 'train']),
+    ('train', dict(resume_from='HERE/malicious.pt'), ['malicious.pt', checkpoint]),
+    ('train', dict(resume_from='OUT/none'), ['none', 'no such']),
+]
+usage_wrong = [ # these are found before any file is read
+    ('train', dict(embedding_dim=30), ['--embedding-dim 30', '--attention-heads 4']),
+    ('train', dict(metadata_colum='x'), ['--metadata-colum:', '--metadata-column']),
+    ('train', dict(token_limt=3), ['--token-limt', '--token-limit']),
+    ('predict', dict(modle='x'), ['--modle', '--model']),
+    ('rf-baseline', dict(n_estimator=3), ['--n-estimator', '--n-estimators']),
+    ('train', dict(embed=3), ['--embed:']), # no abbreviations
+    ('train', dict(optimizer='adamv'), ['--optimizer', 'adamv', 'adamw', 'sgd']),
+    ('train', dict(target_transform='min-max'), ['--target-transform', 'min-max', 'minmax']),
+    ('train', dict(asv_sampling='abundant'), ['--asv-sampling', 'abundance']),
+    ('train', dict(epochs='many'), ['--epochs', 'many']),
+    ('train', dict(epochs=2.5), ['--epochs', '2.5']),
+    ('train', dict(batch_size=0), ['--batch-size 0', 'at least 1']),
+    ('train', dict(lr='fast'), ['--lr', 'fast']),
+    ('train', dict(test_size=1.5), ['--test-size 1.5']),
+    ('train', dict(table=None), ['--table']),
+    ('train', dict(freeze_base=True), ['--freeze-base', '--pretrained-encoder']),
+    ('train', dict(normalize_by='habitat'), ['--normalize-by', 'zscore-category']),
+    ('train', dict(preset='huge'), ['--preset', 'huge', 'small']),
+]
+
+
+def typed(command, options, places):
+    "The words of a command line."
+    words = [command]
+    for name, value in (base[command] | options).items():
+        if value is None: continue
+        words.append('--' + name.replace('_', '-'))
+        if value is not True:
+            for place, path in places.items(): value = str(value).replace(place + '/', f'{path}/')
+            words.append(value)
+    return words
+
+
+def expect_refusal(aam, command, options, says, places):
+    before = {place: contents(path) for place, path in places.items()}
+    line = refused(aam, *typed(command, options, places))
+    for pattern in says: assert re.search(pattern if '|' in pattern else re.escape(pattern), line), (pattern, line)
+    assert before == {place: contents(path) for place, path in places.items()}
+
+
+def name_of(case): return case if isinstance(case, str) else '-'.join(map(str, case.values())).replace('/', '.') if isinstance(case, dict) else ''
+
+
+@pytest.mark.parametrize('command,options,says', inputs_wrong, ids=name_of)
+def test_wrong_input(aam, survey, pretrained, trained, folder, tmp_path, command, options, says):
+    small = {} if command in ('predict', 'rf-baseline') else dict(embedding_dim=16, attention_layers=1, epochs=1)
+    expect_refusal(aam, command, small | options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained, PRETRAINED=pretrained))
+    assert not list(folder.glob('*executed'))
+
+
+@pytest.mark.parametrize('command,options,says', usage_wrong, ids=name_of)
+def test_wrong_usage(aam, survey, folder, tmp_path, command, options, says):
+    expect_refusal(aam, command, options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path))
+
+
+def test_wrong_command(aam):
+    assert refused(aam, 'trian', says=['trian', 'aam train'])
+    assert refused(aam, 'rf_baseline', says=['aam rf-baseline'])
+
+
+def test_several_processes(aam, survey, tmp_path):
+    refused(aam, *typed('train', {}, dict(SURVEY=survey, HERE=survey, OUT=tmp_path)), env={'WORLD_SIZE': '2'}, says=['2 processes'])
+    assert not contents(tmp_path)
+
+
+def test_debug_shows_the_traceback(aam, survey, tmp_path):
+    process = aam(*typed('train', dict(table='OUT/none.biom', debug=True), dict(SURVEY=survey, HERE=survey, OUT=tmp_path)), fails=True)
+    assert process.returncode != 0 and 'Traceback' in process.err and 'AamError' in process.err
+
+
+def test_finished_run_survives(aam, survey, trained, folder, tmp_path):
+    "Refused without --overwrite; kept when the replacement fails; replaced when it does not."
+    import shutil
+    run = tmp_path/'run'
+    shutil.copytree(trained, run)
+    (run/'notes.txt').write_text('mine')
+    before = contents(run)
+    places = dict(SURVEY=survey, HERE=folder, OUT=tmp_path)
+    refused(aam, *typed('train', {}, places), says=['--output-dir', 'holds a run', '--overwrite', '--resume-from'])
+    assert contents(run) == before
+    for wrong in (dict(table='HERE/md5.biom'), dict(metadata_column='soil_pH'), dict(pretrained_encoder='HERE/text.pt'), dict(unifrac_matrix='HERE/lacking.h5')):
+        refused(aam, *typed('train', wrong | dict(overwrite=True), places))
+        assert contents(run) == before, wrong
+    aam(*typed('train', dict(overwrite=True, embedding_dim=16, attention_layers=1, kmer_dim=16, max_bp=60, epochs=1, penalty=0, count_penalty=0), places))
+    assert json.loads((run/'config.json').read_text())['options']['training']['epochs'] == 1
+    assert (run/'notes.txt').read_text() == 'mine' and not (run/'test_predictions.tsv').exists()
+
+
+def test_existing_output_survives(aam, survey, trained, folder, tmp_path):
+    places = dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained)
+    for command, name in dict(predict='predictions.tsv', **{'rf-baseline': 'forest.tsv'}).items():
+        (tmp_path/name).write_text('mine')
+        refused(aam, *typed(command, {}, places), says=[name, '--overwrite'])
+        refused(aam, *typed(command, dict(overwrite=True, table='HERE/truncated.biom'), places), says=['truncated.biom'])
+        assert (tmp_path/name).read_text() == 'mine'
+    (tmp_path/'run').write_text('a file')
+    refused(aam, *typed('train', {}, places), says=['--output-dir', 'is a file'])
+    refused(aam, *typed('predict', dict(output='OUT/no/where.tsv'), places), says=['--output', 'does not exist'])
+
+
+def built(name):
+    try: return load_command(name) is not None
+    except ModuleNotFoundError: return False
+
+
+@pytest.mark.parametrize('name', commands)
+def test_help_is_light(aam, name):
+    if not built(name): pytest.skip(f'aam {name} is not built yet')
+    code = f"import sys; from aam.cli import main; code = main([{name!r}, '--help']); print([m for m in {heavy} if m in sys.modules], file=sys.stderr); sys.exit(code)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.run([sys.executable, '-c', code], env=aam.environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0 and process.stderr.strip() == '[]', process.stderr
+    assert f'usage: aam {name}' in process.stdout and '--debug' in process.stdout
+    used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert used < 0.5, f'{used:.2f} CPU-s'
+
+
+def test_overview(aam):
+    for words in [], ['--help'], ['help']: assert all(name in aam(*words).out for name in commands)
+    assert re.fullmatch(r'aam \d+\.\d+\S*', aam('--version').out.strip())
