@@ -132,7 +132,7 @@ class EncoderOptions(Options):
         if self.embedding_dim % self.attention_heads:
             raise AamError(f'--embedding-dim {self.embedding_dim} is not divisible by --attention-heads {self.attention_heads}: change one of them')
 
-# %% ../nbs/00_config.ipynb #675fdbbf
+# %% ../nbs/00_config.ipynb #1212f4cc
 @dataclass
 class LossOptions(Options):
     "Self-supervised losses"
@@ -150,7 +150,7 @@ class TargetOptions(Options):
     target_transform:choice(target_transform_names)='minmax' # scale on which a regression target is learnt
     normalize_by:str=None # metadata column of the groups of zscore-category
     target_penalty:Number(float, 0)=1. # weight of the target loss
-    best_metric:choice(best_metric_names)='val_loss' # validation score that chooses the best epoch
+    best_metric:choice(best_metric_names)='val_loss' # validation score that chooses the best epoch; val_loss is the loss of the target
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
 
@@ -200,9 +200,9 @@ class RunOptions(Options):
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
 
-# %% ../nbs/00_config.ipynb #6d2f3961
+# %% ../nbs/00_config.ipynb #f8d48c4e
 presets = {
-    'small': dict(embedding_dim=64, attention_layers=1, batch_size=16, epochs=60, lr=1e-3, weight_decay=0.05, dropout=0.2, patience=20),
+    'small': dict(embedding_dim=64, attention_layers=1, batch_size=16, epochs=60, lr=1e-3, weight_decay=0.05, dropout=0.2, patience=20, gradient_checkpointing=False),
     'medium': dict(embedding_dim=768, attention_heads=6, attention_layers=4, batch_size=2, gradient_accumulation_steps=16),
     'large': dict(embedding_dim=1152, attention_heads=12, attention_layers=8, batch_size=12, gradient_accumulation_steps=4, warmup_steps=5000, patience=20),
 }

@@ -23,7 +23,7 @@ def step(name:str, options:dict):
     print(f'\n$ {command_line(name, options)}', flush=True)
     return load_command(name)(**options)
 
-# %% ../nbs/36_demo.ipynb #84361b08
+# %% ../nbs/36_demo.ipynb #3f39ebea
 targets = {'soil_ph': dict(classifier=False), 'habitat': dict(classifier=True)}
 
 @command
@@ -38,15 +38,14 @@ def demo(
     output_dir = Path(output_dir)
     files = step('simulate', dict(output_dir=output_dir/'data', samples=samples, asvs=200, subjects=max(5, samples//4), seed=seed, overwrite=overwrite))
     data = {k: files[k] for k in ('table', 'tree', 'metadata')}
-    shared = dict(test_samples=files['test_samples'], group_column='subject_id', overwrite=overwrite)
-    fitting = dict(data, **shared, preset='small', epochs=epochs, seed=seed)
-    encoder = step('pretrain', dict(fitting, output_dir=output_dir/'pretrain'))
+    fitting = dict(data, preset='small', epochs=epochs, seed=seed, overwrite=overwrite)
+    encoder = step('pretrain', dict(fitting, test_samples=files['test_samples'], group_column='subject_id', output_dir=output_dir/'pretrain'))
+    lists = {f'{part}_samples': output_dir/'pretrain'/f'{part}_samples.txt' for part in ('train', 'val', 'test')}
     rows, plots = [], [encoder.paths['plots']]
     for column, kind in targets.items():
         target = dict(metadata_column=column, **kind)
-        run = step('train', dict(fitting, **target, pretrained_encoder=encoder.paths['best_model'], output_dir=output_dir/column))
+        run = step('train', dict(fitting, **target, **lists, pretrained_encoder=encoder.paths['best_model'], output_dir=output_dir/column))
         step('predict', dict(model=run.paths['best_model'], table=data['table'], output=output_dir/f'{column}_predictions.tsv', overwrite=overwrite))
-        lists = {f'{part}_samples': output_dir/column/f'{part}_samples.txt' for part in ('train', 'val', 'test')}
         forest = step('rf-baseline', dict(table=data['table'], metadata=data['metadata'], **target, **lists, output=output_dir/f'{column}_random_forest.tsv', overwrite=overwrite))
         score = 'accuracy' if kind['classifier'] else 'r2'
         guess = forest.guess_scores[score]

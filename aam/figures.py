@@ -57,7 +57,7 @@ def save_figure(
     os.replace(unfinished, path)
     return path
 
-# %% ../nbs/18_figures.ipynb #d543dfab
+# %% ../nbs/18_figures.ipynb #9ff92ae6
 task_titles = {'total': 'total loss', 'target': 'target loss', 'unifrac': 'UniFrac loss', 'nuc': 'nucleotide loss', 'count': 'count loss'}
 
 def _curve(metrics:list[dict], name:str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def _curve(metrics:list[dict], name:str) -> tuple[np.ndarray, np.ndarray]:
 
 def _task_curves(metrics:list[dict]) -> dict[str, tuple]:
     "Training and validation curve of each task that has one."
-    validation = {task: 'val_loss' if task == 'total' else f'val_{task}_loss' for task in task_titles}
+    validation = {task: f'val_{task}_loss' for task in task_titles}
     curves = {task: (_curve(metrics, f'train_{task}'), _curve(metrics, validation[task])) for task in task_titles}
     return {task: pair for task, pair in curves.items() if any(len(epochs) for epochs, _ in pair)}
 

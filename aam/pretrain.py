@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .config import AamError, EncoderOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TrainingOptions, command
 
-# %% ../nbs/30_pretrain.ipynb #6bee7d2e
+# %% ../nbs/30_pretrain.ipynb #410e8717
 @command
 def pretrain(
     input:InputOptions,
@@ -61,7 +61,7 @@ def pretrain(
     if distances: scores['unifrac_reachable_r2'] = reachable(data, inputs, stop)
     report(log, scores)
     session.folder.write_json('scores.json', dict(validation=scores | {'note': 'selected on these samples'}))
-    if distances: save_figure(predicted_unifrac(distances.true, distances.predicted(model, v), scores), session.folder/'plots'/'unifrac.png')
+    if distances: save_figure(predicted_unifrac(distances.true, distances.predicted(model, v), {k.removeprefix('unifrac_'): x for k, x in scores.items()}), session.folder/'plots'/'unifrac.png')
     return Run(session.folder.path, dict(validation=scores), dict(best_model=session.folder.best, last=session.folder.last, plots=session.folder/'plots'), model)
 
 # %% ../nbs/30_pretrain.ipynb #b586eee7

@@ -40,7 +40,7 @@ def fit_target(target, actual, inputs, fit):
     deviation = np.nanstd(encoded[fit], 0)
     return encoded.astype(np.float32), np.nanmean(encoded[fit], 0), np.where(deviation > 0, deviation, 1.)
 
-# %% ../nbs/31_train.ipynb #d5440c43
+# %% ../nbs/31_train.ipynb #ef975a5b
 @command
 def train(
     input:InputOptions,
@@ -98,7 +98,7 @@ def train(
         scores = goal.scores(actual[stop], goal.readable(v.target, None if categories is None else categories[stop]))
         return scores | (distances(model, v) if distances else {})
     objective = Objective(weights, 'cross_entropy' if goal.classes else 'huber', target_deviation=torch.tensor(deviation, dtype=torch.float32), **units)
-    session.fit(model, objective, *plans, 'classification' if goal.classes else 'regression', score, target.best_metric, loaded=loaded)
+    session.fit(model, objective, *plans, 'classification' if goal.classes else 'regression', score, target.best_metric, watch='target', loaded=loaded)
 
     predictor = load_predictor(load_checkpoint(session.folder.best))
     scores = {part: score_part(session.folder, part, ids, predictor, inputs, training.batch_size, session.device, log)

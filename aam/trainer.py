@@ -137,13 +137,14 @@ def train_epoch(t:Training, mode:str, record:Record=None) -> dict:
                 meter.merge(window); window.reset()
     return meter.means() | dict(seconds=time.perf_counter() - start, lr=t.optimizer.param_groups[0]['lr'])
 
-# %% ../nbs/26_trainer.ipynb #1313a3ee
+# %% ../nbs/26_trainer.ipynb #0f59815a
 def fit(t:Training,
     mode:str, # key of `monitor.labels`
     score, # Validation -> dict of scores for the record
     metric:str='val_loss', # which score chooses the best epoch, a key of `best_metrics`
     save_best=None, # called with the best weights in the model, and the scores
     save_last=None, # called with the training state
+    watch:str='total', # whose validation loss is `val_loss`: a task, or the weighted total
     record:Record=None,
     report=None, # called with each epoch's line
 ) -> Training:
@@ -152,7 +153,7 @@ def fit(t:Training,
         trained = train_epoch(t, mode, record)
         with t.average.swapped_in(t.model) if t.options.average_decay else nullcontext():
             v = validate(t.model, t.stop, t.objective, t.device, workers=t.options.num_workers)
-            scores = dict(val_loss=v.means['total'], **{f'val_{k}_loss': x for k, x in v.means.items() if k in t.objective.weights}, **{f'val_{k}': x for k, x in score(v).items()})
+            scores = dict(val_loss=v.means[watch], **{f'val_{k}_loss': x for k, x in v.means.items() if k in (*t.objective.weights, 'total')}, **{f'val_{k}': x for k, x in score(v).items()})
             value = scores[metric if metric == 'val_loss' else 'val_' + metric]
             t.epoch += 1
             better = is_better(metric, value, t.best)

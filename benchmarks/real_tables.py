@@ -4,7 +4,7 @@
 
 For each task and seed: a fifth of the samples, whole subjects, is kept out as test; the rest is split into fit and stop,
 and the same lists go to `pretrain`, `train` and `rf-baseline` (which is fitted on fit + stop). Prints one line per fit and a table,
-and appends every figure to OUTPUT/results.jsonl. `--pretrain` and `--train` take further options of those commands as JSON.
+and appends every figure to OUTPUT/results.jsonl. `--options` takes further options by fit, as JSON: {"pretrain": {"epochs": 8}}.
 """
 import argparse, json, subprocess, sys, time
 from pathlib import Path
@@ -55,16 +55,16 @@ def one(name:str, seed:int, args):
         from aam.rf_baseline import rf_baseline
         run = rf_baseline(table=inputs['table'], **target, **lists, output=out/'rf.tsv', overwrite=True, n_jobs=2)
         tell('rf', **run.scores)
-    if 'pretrain' in args.fits: timed('pretrain', pretrain, **args.pretrain)
-    if 'tuned' in args.fits: timed('tuned', train, **target, pretrained_encoder=out/'pretrain/checkpoints/best_model.pt', **args.train)
-    if 'frozen' in args.fits: timed('frozen', train, **target, pretrained_encoder=out/'pretrain/checkpoints/best_model.pt', freeze_base=True, **args.train)
-    if 'scratch' in args.fits: timed('scratch', train, **target, **args.train)
+    if 'pretrain' in args.fits: timed('pretrain', pretrain, **args.options.get('pretrain', {}))
+    if 'tuned' in args.fits: timed('tuned', train, **args.options.get('tuned', {}), **target, pretrained_encoder=out/'pretrain/checkpoints/best_model.pt')
+    if 'frozen' in args.fits: timed('frozen', train, **args.options.get('frozen', {}), **target, pretrained_encoder=out/'pretrain/checkpoints/best_model.pt', freeze_base=True)
+    if 'scratch' in args.fits: timed('scratch', train, **args.options.get('scratch', {}), **target)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', default='../shared/data'); p.add_argument('--output', required=True)
     p.add_argument('--tasks', default='mouse_age,body_site'); p.add_argument('--seeds', type=int, default=1); p.add_argument('--jobs', type=int, default=2)
-    p.add_argument('--fits', default='rf,pretrain,tuned'); p.add_argument('--pretrain', type=json.loads, default={}); p.add_argument('--train', type=json.loads, default={})
+    p.add_argument('--fits', default='rf,pretrain,tuned'); p.add_argument('--options', type=json.loads, default={})
     p.add_argument('--one', help=argparse.SUPPRESS)
     args = p.parse_args()
     args.fits = args.fits.split(',')

@@ -22,10 +22,10 @@ def command(aam, survey, name, folder, *more):
     return [name, *files, *commands[name], '--output-dir', folder, *aam.tiny, '--epochs', epochs, '--gradient-accumulation-steps', 2, *more]
 
 
-@pytest.fixture(scope='module', params=list(commands))
-def undisturbed(request, aam, survey, once):
-    name = request.param
-    return name, once(f'undisturbed_{name}', lambda folder: aam(*command(aam, survey, name, folder)))
+@pytest.fixture(scope='session')
+def undisturbed(aam, survey, once):
+    "The folder of a run that nobody disturbed."
+    return lambda name: once(f'undisturbed_{name}', lambda folder: aam(*command(aam, survey, name, folder)))
 
 
 def lines(folder):
@@ -71,55 +71,49 @@ def recorded_steps(folder):
     return [e.step for e in events.Scalars('train/total_loss')]
 
 
-def test_killed_twice_and_resumed(aam, survey, undisturbed, tmp_path):
+def test_train_killed_twice_and_resumed(aam, survey, undisturbed, tmp_path):
     "By the folder of the run, then by 'auto'."
-    name, whole = undisturbed
-    folder, rng = tmp_path/'run', random.Random(name)
-    was_killed = kill_after(aam, command(aam, survey, name, folder), folder, rng.randint(1, 2), rng.uniform(0, 0.3))
-    done = load_checkpoint(folder/'checkpoints'/'last.pt', part='training')['training']['counters']['epoch'] if (folder/'checkpoints'/'last.pt').exists() else 0
-    assert was_killed and done < epochs
-    resumed = command(aam, survey, name, folder, '--resume-from', folder if done else 'auto')
-    assert kill_after(aam, resumed, folder, max(done + 1, 3), rng.uniform(0, 0.3))
-    aam(*command(aam, survey, name, folder, '--resume-from', 'auto'))
+    whole, folder, rng = undisturbed('train'), tmp_path/'run', random.Random(1)
+    assert kill_after(aam, command(aam, survey, 'train', folder), folder, rng.randint(1, 2), rng.uniform(0, 0.3))
+    last = folder/'checkpoints'/'last.pt'
+    done = load_checkpoint(last, part='training')['training']['counters']['epoch'] if last.exists() else 0
+    resumed = command(aam, survey, 'train', folder, '--resume-from', folder if done else 'auto')
+    kill_after(aam, resumed, folder, min(max(done + 1, 3), epochs), rng.uniform(0, 0.3))
+    aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto'))
     expect_equal(folder, whole)
     steps = recorded_steps(whole)
     assert recorded_steps(folder) == steps == sorted(set(steps)) # the curves were cut back, nothing is shown twice
     assert 'resuming' in (folder/'training.log').read_text()
 
 
-def test_killed_before_the_first_epoch(aam, survey, undisturbed, tmp_path):
-    name, whole = undisturbed
-    if name == 'pretrain': pytest.skip('as train')
-    folder = tmp_path/'run'
-    process, deadline = aam.start(*command(aam, survey, name, folder)), time.time() + 120
+def test_train_killed_before_its_first_epoch(aam, survey, undisturbed, tmp_path):
+    whole, folder = undisturbed('train'), tmp_path/'run'
+    process, deadline = aam.start(*command(aam, survey, 'train', folder)), time.time() + 120
     while not (folder/'config.json').exists() and time.time() < deadline: time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not lines(folder)
-    refused = aam(*command(aam, survey, name, folder), fails=True)
+    refused = aam(*command(aam, survey, 'train', folder), fails=True)
     assert refused.returncode == 2 and '--resume-from' in refused.err
-    aam(*command(aam, survey, name, folder, '--resume-from', 'auto'))
+    aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto'))
     expect_equal(folder, whole)
 
 
-def test_resumed_from_a_file_into_another_folder(aam, survey, undisturbed, tmp_path):
-    name, whole = undisturbed
-    if name == 'train': pytest.skip('as pretrain')
-    first, second = tmp_path/'first', tmp_path/'second'
-    assert kill_after(aam, command(aam, survey, name, first), first, 2, 0.1)
+def test_pretrain_killed_and_resumed_elsewhere(aam, survey, undisturbed, tmp_path):
+    "From a file into another folder; the killed run stays as it was."
+    whole, first, second = undisturbed('pretrain'), tmp_path/'first', tmp_path/'second'
+    assert kill_after(aam, command(aam, survey, 'pretrain', first), first, 2, random.Random(2).uniform(0, 0.3))
     kept = {p: p.read_bytes() for p in first.rglob('*') if p.is_file()}
-    aam(*command(aam, survey, name, second, '--resume-from', first/'checkpoints'/'last.pt'))
+    aam(*command(aam, survey, 'pretrain', second, '--resume-from', first/'checkpoints'/'last.pt'))
     expect_equal(second, whole)
     assert kept == {p: p.read_bytes() for p in first.rglob('*') if p.is_file()}
 
 
-def test_a_finished_run_can_go_on(aam, survey, undisturbed, tmp_path):
-    "Resuming a finished run changes nothing, other options than its own are refused."
-    name, whole = undisturbed
-    if name == 'pretrain': pytest.skip('as train')
-    folder = tmp_path/'run'
+def test_finished_run_resumed(aam, survey, undisturbed, tmp_path):
+    "Nothing changes, and options other than its own are refused."
+    whole, folder = undisturbed('train'), tmp_path/'run'
     shutil.copytree(whole, folder)
-    aam(*command(aam, survey, name, folder, '--resume-from', 'auto'))
+    aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto'))
     expect_equal(folder, whole)
-    refused = aam(*command(aam, survey, name, folder, '--resume-from', 'auto', '--dropout', 0.3), fails=True)
+    refused = aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto', '--dropout', 0.3), fails=True)
     assert refused.returncode == 2 and '--dropout 0.3' in refused.err
