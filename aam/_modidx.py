@@ -140,6 +140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.inputs.Inputs.drop': ('inputs.html#inputs.drop', 'aam/inputs.py'),
                             'aam.inputs.Inputs.sample_ids': ('inputs.html#inputs.sample_ids', 'aam/inputs.py'),
                             'aam.inputs.Inputs.write_dropped': ('inputs.html#inputs.write_dropped', 'aam/inputs.py'),
+                            'aam.inputs.class_losses': ('inputs.html#class_losses', 'aam/inputs.py'),
                             'aam.inputs.drop_shallow': ('inputs.html#drop_shallow', 'aam/inputs.py'),
                             'aam.inputs.read_inputs': ('inputs.html#read_inputs', 'aam/inputs.py'),
                             'aam.inputs.read_split': ('inputs.html#read_split', 'aam/inputs.py'),

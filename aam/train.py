@@ -40,7 +40,7 @@ def fit_target(target, actual, inputs, fit):
     deviation = np.nanstd(encoded[fit], 0)
     return encoded.astype(np.float32), np.nanmean(encoded[fit], 0), np.where(deviation > 0, deviation, 1.)
 
-# %% ../nbs/31_train.ipynb #ef975a5b
+# %% ../nbs/31_train.ipynb #240b9893
 @command
 def train(
     input:InputOptions,
@@ -69,7 +69,7 @@ def train(
     pretrained = load_checkpoint(target.pretrained_encoder, kinds=('pretrain', 'train')) if target.pretrained_encoder else None
     if pretrained: encoder = session.options['encoder'] = pretrained_options(pretrained, encoder)
     weights = choose_weights(target, loss, input, log)
-    inputs = read_inputs(input, target.metadata)
+    inputs = read_inputs(input, target.metadata, target.columns[0] if target.classifier else None)
     goal, actual = read_target(target, inputs)
     classes = [goal.classes[a] for a in actual] if goal.classes else None
     parts = session.split(inputs, classes)

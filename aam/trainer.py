@@ -110,7 +110,7 @@ def validate(model:Model, plan, objective:Objective, device:str='cpu', full_prec
     means['total'] = sum(objective.weights[k]*v for k, v in means.items() if k in objective.weights)
     return Validation(means, ids, *[torch.cat(v) if v else None for v in found.values()])
 
-# %% ../nbs/26_trainer.ipynb #92f65e3e
+# %% ../nbs/26_trainer.ipynb #ff77186b
 def check_finite(pending:list):
     "Raises `AamError` for the first loss that is not a finite number."
     for step, ids, loss in pending:
@@ -135,9 +135,10 @@ def train_epoch(t:Training, mode:str, record:Record=None) -> dict:
                 if record: record.step({**means, 'lr': lr, 'grad_norm': float(norm), **window.speed()}, t.step)
                 bar.set_postfix_str(progress_text(mode, means, lr))
                 meter.merge(window); window.reset()
-    return meter.means() | dict(seconds=time.perf_counter() - start, lr=t.optimizer.param_groups[0]['lr'])
+    memory = dict(peak_memory_gb=torch.cuda.max_memory_allocated()/2**30) if t.device == 'cuda' else {}
+    return meter.means() | dict(seconds=time.perf_counter() - start, lr=t.optimizer.param_groups[0]['lr'], **memory)
 
-# %% ../nbs/26_trainer.ipynb #0f59815a
+# %% ../nbs/26_trainer.ipynb #a4c82a3d
 def fit(t:Training,
     mode:str, # key of `monitor.labels`
     score, # Validation -> dict of scores for the record
@@ -159,7 +160,7 @@ def fit(t:Training,
             better = is_better(metric, value, t.best)
             t.best, t.best_epoch, t.waited = (value, t.epoch, 0) if better else (t.best, t.best_epoch, t.waited + 1)
             if better and save_best: save_best(t.model, scores)
-        line = {f'train_{k}' if k not in ('seconds', 'lr') else k: x for k, x in trained.items()} | scores
+        line = {f'train_{k}' if k not in ('seconds', 'lr', 'peak_memory_gb') else k: x for k, x in trained.items()} | scores
         if record: record.epoch(line, t.epoch, t.step)
         if report: report(t, line)
         if save_last: save_last(t.state_dict())
