@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names', 'optimizer_names', 'scheduler_names',
-           'precision_names', 'compile_names', 'mask_strategy_names', 'unifrac_metric_names', 'loss_type_names',
-           'output_activation_names', 'fusion_names', 'best_metric_names', 'device_names', 'Required', 'RequiredText',
-           'Flag', 'preset_names', 'presets', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers',
-           'parse_widths', 'split_names', 'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions',
-           'SplitOptions', 'EncoderOptions', 'LossOptions', 'TargetOptions', 'HeadOptions', 'CategoryOptions',
-           'check_target', 'TrainingOptions', 'RunOptions', 'command', 'build_options', 'command_parser',
-           'parse_command']
+           'best_metric_names', 'device_names', 'Required', 'RequiredText', 'Flag', 'preset_names', 'presets',
+           'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'option_name', 'Options', 'check_value', 'InputOptions',
+           'SplitOptions', 'EncoderOptions', 'LossOptions', 'TargetOptions', 'TrainingOptions', 'RunOptions', 'command',
+           'build_options', 'command_parser', 'parse_command']
 
-# %% ../nbs/00_config.ipynb #97a102f3
-import argparse, difflib, functools, inspect, json
+# %% ../nbs/00_config.ipynb #108f6607
+import argparse, difflib, functools, inspect
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -29,23 +26,16 @@ def nearest(name:str, known) -> list[str]:
     "The entries of `known`, most similar to `name` first."
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio())
 
-# %% ../nbs/00_config.ipynb #220239dd
+# %% ../nbs/00_config.ipynb #a4fc38f3
 asv_sampling_names = 'first', 'abundance', 'random'
 target_transform_names = 'none', 'minmax', 'zscore', 'zscore-category', 'log-minmax', 'log-zscore'
 unifrac_head_names = 'union', 'euclid'
 optimizer_names = 'adamw', 'adam', 'sgd'
-scheduler_names = 'warmup_cosine', 'cosine_restarts', 'plateau', 'onecycle'
-precision_names = 'bf16', 'fp16', 'none'
-compile_names = 'on', 'off', 'auto'
-mask_strategy_names = 'random', 'span'
-unifrac_metric_names = 'unweighted', 'weighted'
-loss_type_names = 'huber', 'mse', 'mae', 'quantile', 'asymmetric'
-output_activation_names = 'none', 'relu', 'softplus', 'exp'
-fusion_names = 'concat', 'add', 'gmu', 'cross-attention', 'perceiver'
+scheduler_names = 'warmup_cosine',
 best_metric_names = 'val_loss', 'r2', 'mae', 'accuracy', 'f1'
 device_names = 'auto', 'cpu', 'cuda'
 
-# %% ../nbs/00_config.ipynb #da719f60
+# %% ../nbs/00_config.ipynb #3c98940c
 @dataclass(frozen=True)
 class Bounds:
     "Closed interval that a number must lie in."
@@ -60,27 +50,11 @@ def choice(names):
     "Annotation of one of `names`."
     return Annotated[str, dict(choices=list(names))]
 
-def _listed(convert, text, what):
-    "Numbers in `text`, separated by commas; lists pass through."
-    try: return [convert(x) for x in (text.split(',') if isinstance(text, str) else text)]
-    except ValueError: raise AamError(f'{text}: must be {what} separated by commas') from None
-
-def parse_numbers(text): "A list of numbers."; return _listed(float, text, 'numbers')
-def parse_widths(text): "A list of whole numbers."; return _listed(int, text, 'whole numbers')
-def split_names(text): "Names separated by commas."; return [c.strip() for c in text.split(',')] if text else []
-
-def parse_json(text):
-    "An object in JSON."
-    try: value = json.loads(text) if isinstance(text, str) else text
-    except json.JSONDecodeError: value = None
-    if not isinstance(value, dict): raise AamError(f'{text}: must be JSON such as {{"0": "mse", "1": "huber"}}')
-    return value
-
 Required = Annotated[Path, dict(opt=True, required=True)]
 RequiredText = Annotated[str, dict(opt=True, required=True)]
 Flag = Annotated[bool, dict(action=argparse.BooleanOptionalAction)]
 
-# %% ../nbs/00_config.ipynb #aa88242b
+# %% ../nbs/00_config.ipynb #7788c9d8
 def option_name(field_name:str) -> str:
     "`embedding_dim` as typed in a shell: `--embedding-dim`."
     return '--' + field_name.replace('_', '-')
@@ -93,7 +67,6 @@ class Options:
             value = getattr(self, name)
             kind, meta = (get_args(annotation)[0], get_args(annotation)[1:]) if get_origin(annotation) is Annotated else (annotation, ())
             if kind is Path and isinstance(value, str): setattr(self, name, Path(value))
-            if kind in (parse_numbers, parse_widths, parse_json) and value is not None: setattr(self, name, kind(value))
             for m in meta: check_value(name, value, m)
         self.check()
 
@@ -116,12 +89,11 @@ def check_value(name, value, meta):
         if 'choices' in meta and value is not None and value not in meta['choices']:
             raise AamError(f"{opt} {value}: choose from {', '.join(meta['choices'])}; did you mean {nearest(str(value), meta['choices'])[0]}?")
 
-# %% ../nbs/00_config.ipynb #c029b3ae
+# %% ../nbs/00_config.ipynb #3ca6b6fa
 @dataclass
 class InputOptions(Options):
     "Input"
     table:Required=None # BIOM table, samples x ASVs; observation IDs are the DNA sequences
-    unifrac_metric:choice(unifrac_metric_names)='unweighted' # which UniFrac the distances are
     unifrac_matrix:Path=None # UniFrac distances, .h5 (as ssu writes it), .npy, .csv or .tsv
     tree:Path=None # rooted newick tree with the ASVs as tips; distances are then computed from each rarefaction
     token_limit:Number(int, 1)=1024 # most ASVs of a sample that the model reads
@@ -160,7 +132,7 @@ class EncoderOptions(Options):
         if self.embedding_dim % self.attention_heads:
             raise AamError(f'--embedding-dim {self.embedding_dim} is not divisible by --attention-heads {self.attention_heads}: change one of them')
 
-# %% ../nbs/00_config.ipynb #54f66b86
+# %% ../nbs/00_config.ipynb #1212f4cc
 @dataclass
 class LossOptions(Options):
     "Self-supervised losses"
@@ -168,7 +140,6 @@ class LossOptions(Options):
     nuc_penalty:Number(float, 0)=1. # weight of the masked-nucleotide loss
     count_penalty:Number(float, 0)=1. # weight of the masked-count loss
     nuc_mask_ratio:Number(float, 0, 0.9)=0.15 # share of the bases masked in the ASVs of the nucleotide task
-    nuc_mask_strategy:choice(mask_strategy_names)='random' # mask single bases, or stretches of about ten
 
 @dataclass
 class TargetOptions(Options):
@@ -176,81 +147,29 @@ class TargetOptions(Options):
     metadata:Required=None # table of sample metadata, tab separated, sample IDs in its first column
     metadata_column:RequiredText=None # column to predict, or several separated by commas (regression)
     classifier:bool=False # predict classes
-    out_dim:Number(int, 2)=None # number of classes, if it is to be checked
-    class_weights:str='none' # weight of each class in the loss: none, balanced, sqrt (of balanced), or numbers separated by commas in the order of the class names
     target_transform:choice(target_transform_names)='minmax' # scale on which a regression target is learnt
     normalize_by:str=None # metadata column of the groups of zscore-category
     target_penalty:Number(float, 0)=1. # weight of the target loss
-    loss_type:choice(loss_type_names)='huber' # regression loss
-    quantiles:parse_numbers=None # levels of the quantile loss, such as 0.1,0.5,0.9
-    over_penalty:Number(float, 0)=1. # asymmetric loss: weight of predictions that are too high
-    under_penalty:Number(float, 0)=1. # asymmetric loss: weight of predictions that are too low
-    loss_config:parse_json=None # loss of each target by column name or index, as JSON: {"ph": "mse", "1": "huber"}
     best_metric:choice(best_metric_names)='val_loss' # validation score that chooses the best epoch; val_loss is the loss of the target
-    val_prediction_passes:Number(int, 1)=4 # rarefactions whose predictions are averaged for the final scores
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]
 
-    def check(self): check_target(self)
-
-@dataclass
-class HeadOptions(Options):
-    "Target head"
-    bounded_targets:bool=False # predictions between 0 and 1 on the learnt scale (sigmoid)
-    output_activation:choice(output_activation_names)='none' # makes predictions non-negative on the learnt scale
-    learnable_output_scale:bool=False # learn a scale and a bias after the head
-    regressor_hidden_dims:parse_widths=None # widths of the hidden layers, such as 64,32
-    regressor_dropout:Number(float, 0, 0.9)=0. # dropout between these layers
-
     def check(self):
-        if self.bounded_targets and self.output_activation != 'none':
-            raise AamError(f'--bounded-targets and --output-activation {self.output_activation} contradict each other: choose one')
+        if self.classifier and len(self.columns) > 1:
+            raise AamError(f'--metadata-column {self.metadata_column}: --classifier predicts one column, give one')
+        if self.classifier and 'target_transform' in self.given:
+            raise AamError(f'--target-transform {self.target_transform}: classes have no scale; leave it out or drop --classifier')
+        if (self.target_transform == 'zscore-category') != (self.normalize_by is not None):
+            raise AamError('--target-transform zscore-category and --normalize-by COLUMN go together: give both or neither')
+        if self.best_metric in (('r2', 'mae') if self.classifier else ('accuracy', 'f1')):
+            raise AamError(f"--best-metric {self.best_metric}: not a score of {'classes' if self.classifier else 'regression'}; choose another")
+        if self.freeze_base and self.pretrained_encoder is None:
+            raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
 
-@dataclass
-class CategoryOptions(Options):
-    "Categories"
-    categorical_columns:str=None # metadata columns to condition on, separated by commas
-    categorical_embed_dim:Number(int, 1)=16 # width of a category's vector
-    categorical_fusion:choice(fusion_names)='concat' # how categories join the sample (see --categorical-help)
-    conditional_output_scaling:str=None # of these columns, those whose categories scale and shift the output
-    categorical_lr:Number(float, 0)=None # learning rate of the category vectors (without it: --lr)
-
-    @property
-    def columns(self): return split_names(self.categorical_columns)
-    @property
-    def scaling_columns(self): return split_names(self.conditional_output_scaling)
-
-    def check(self):
-        for column in self.scaling_columns:
-            if column not in self.columns: raise AamError(f"--conditional-output-scaling {column}: not among --categorical-columns ({', '.join(self.columns) or 'none given'}); add it there")
-
-# %% ../nbs/00_config.ipynb #ecbbec68
-def check_target(o:TargetOptions):
-    "Raises an `AamError` where target options contradict one another."
-    def refuse(name, why): raise AamError(f'{option_name(name)} {getattr(o, name)}: {why}')
-    if o.classifier:
-        if len(o.columns) > 1: refuse('metadata_column', '--classifier predicts one column, give one')
-        for name in ('target_transform', 'loss_type', 'loss_config', 'quantiles'):
-            if name in o.given: refuse(name, 'is for regression; leave it out or drop --classifier')
-    else:
-        for name in ('out_dim', 'class_weights'):
-            if name in o.given: refuse(name, 'is for classes; add --classifier or leave it out')
-    if (o.target_transform == 'zscore-category') != (o.normalize_by is not None):
-        raise AamError('--target-transform zscore-category and --normalize-by COLUMN go together: give both or neither')
-    if (o.loss_type == 'quantile') != (o.quantiles is not None): raise AamError('--loss-type quantile and --quantiles LEVELS go together: give both or neither')
-    if o.quantiles is not None and not all(0 < q < 1 for q in o.quantiles): refuse('quantiles', 'levels must lie between 0 and 1, without the ends')
-    if o.loss_type != 'asymmetric' and {'over_penalty', 'under_penalty'} & o.given: raise AamError('--over-penalty and --under-penalty belong to --loss-type asymmetric: add it or leave them out')
-    for key, loss in (o.loss_config or {}).items():
-        if key not in o.columns and key not in map(str, range(len(o.columns))): refuse('loss_config', f"{key} is no target; name {', '.join(o.columns)}, or an index below {len(o.columns)}")
-        if loss not in loss_type_names or loss == 'quantile': refuse('loss_config', f"{loss} is not possible; choose from {', '.join(n for n in loss_type_names if n != 'quantile')}")
-    if o.loss_config and o.loss_type == 'quantile': refuse('loss_config', 'cannot be combined with --loss-type quantile, which gives every target several outputs')
-    if o.best_metric in (('r2', 'mae') if o.classifier else ('accuracy', 'f1')): refuse('best_metric', f"not a score of {'classes' if o.classifier else 'regression'}; choose another")
-    if o.freeze_base and o.pretrained_encoder is None: raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
-
-# %% ../nbs/00_config.ipynb #f57fab2a
+# %% ../nbs/00_config.ipynb #5c91dc3a
 @dataclass
 class TrainingOptions(Options):
     "Training"
@@ -262,11 +181,6 @@ class TrainingOptions(Options):
     weight_decay:Number(float, 0)=0.01 # weight decay of weight matrices
     scheduler:choice(scheduler_names)='warmup_cosine' # course of the learning rate
     warmup_steps:Number(int, 0)=None # optimizer steps of linear warm-up (without it: 5 % of the run)
-    scheduler_t0:Number(int, 1)=None # cosine_restarts: optimizer steps of the first cycle (without it: a quarter of the run)
-    scheduler_t_mult:Number(int, 1)=2 # cosine_restarts: each cycle is this many times as long as the one before
-    scheduler_eta_min:Number(float, 0)=0. # cosine_restarts, warmup_cosine, onecycle: lowest learning rate
-    scheduler_patience:Number(int, 1)=5 # plateau: epochs without improvement before the rate falls
-    scheduler_factor:Number(float, 0.01, 0.99)=0.5 # plateau: what it falls to, as a share
     max_grad_norm:Number(float, 0)=1. # gradients are clipped to this norm
     average_decay:Number(float, 0, 0.99999)=0.99 # decay of the averaged weights that are validated and kept; 0: the latest weights
     gradient_accumulation_steps:Number(int, 1)=1 # batches summed into one optimizer step
@@ -274,10 +188,6 @@ class TrainingOptions(Options):
     asv_chunk_size:Number(int, 0)=256 # ASVs encoded at a time; 0: all at once
     num_workers:Number(int, 0)=0 # processes that prepare batches
     device:choice(device_names)='auto' # where to compute
-    mixed_precision:choice(precision_names)=None # number format of matrix products (without it: bf16 on a GPU, none on a CPU)
-    tf32:bool=False # let a GPU round fp32 matrix products to TF32
-    compile_model:choice(compile_names)='off' # compile the model with torch.compile; auto: where it pays
-    auto_batch_size:bool=False # choose the batch size by measuring the memory of a real step
 
 preset_names = 'small', 'medium', 'large'
 
@@ -290,11 +200,11 @@ class RunOptions(Options):
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
 
-# %% ../nbs/00_config.ipynb #663448dd
+# %% ../nbs/00_config.ipynb #f8d48c4e
 presets = {
     'small': dict(embedding_dim=64, attention_layers=1, batch_size=16, epochs=60, lr=1e-3, weight_decay=0.05, dropout=0.2, patience=20, gradient_checkpointing=False),
     'medium': dict(embedding_dim=768, attention_heads=6, attention_layers=4, batch_size=2, gradient_accumulation_steps=16),
-    'large': dict(embedding_dim=1152, attention_heads=12, attention_layers=8, batch_size=12, gradient_accumulation_steps=4, warmup_steps=5000, scheduler='cosine_restarts', patience=20),
+    'large': dict(embedding_dim=1152, attention_heads=12, attention_layers=8, batch_size=12, gradient_accumulation_steps=4, warmup_steps=5000, patience=20),
 }
 assert tuple(presets) == preset_names
 

@@ -23,22 +23,22 @@ def step(name:str, options:dict):
     print(f'\n$ {command_line(name, options)}', flush=True)
     return load_command(name)(**options)
 
-# %% ../nbs/36_demo.ipynb #3f39ebea
+# %% ../nbs/36_demo.ipynb #27d01d28
 targets = {'soil_ph': dict(classifier=False), 'habitat': dict(classifier=True)}
 
 @command
 def demo(
     output_dir:Annotated[Path, dict(opt=True)]=Path('aam-demo'), # folder for data, runs and plots
     samples:int=120, # samples to simulate
-    epochs:int=12, # passes of pre-training and, at most, of training
+    epochs:int=10, # passes of pre-training and, at most, of training
     seed:int=42, # of simulation and training
     overwrite:bool=False, # replace an earlier demo in that folder
 ):
     "Simulates a survey, pre-trains, trains, predicts and compares with Random Forest."
     output_dir = Path(output_dir)
-    files = step('simulate', dict(output_dir=output_dir/'data', samples=samples, asvs=200, subjects=max(5, samples//4), seed=seed, overwrite=overwrite))
+    files = step('simulate', dict(output_dir=output_dir/'data', samples=samples, asvs=120, subjects=max(5, samples//4), seed=seed, overwrite=overwrite))
     data = {k: files[k] for k in ('table', 'tree', 'metadata')}
-    fitting = dict(data, preset='small', epochs=epochs, seed=seed, overwrite=overwrite)
+    fitting = dict(data, preset='small', max_bp=100, batch_size=8, lr=2e-3, epochs=epochs, seed=seed, overwrite=overwrite)
     encoder = step('pretrain', dict(fitting, test_samples=files['test_samples'], group_column='subject_id', output_dir=output_dir/'pretrain'))
     lists = {f'{part}_samples': output_dir/'pretrain'/f'{part}_samples.txt' for part in ('train', 'val', 'test')}
     rows, plots = [], [encoder.paths['plots']]
