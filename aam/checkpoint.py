@@ -41,16 +41,17 @@ def load_checkpoint(path:Path, kinds=('pretrain', 'train'), part:str='weights') 
     if part not in state: raise AamError(f"{path}: holds {'the state of a run' if part == 'weights' else 'weights alone'}; give {'best_model.pt' if part == 'weights' else 'last.pt, or the folder of the run'}")
     return state
 
-# %% ../nbs/24_checkpoint.ipynb #8ed362ab
+# %% ../nbs/24_checkpoint.ipynb #b61d7743
 def describe_model(model:Model) -> dict:
     "What `build_model` needs, and the weights."
-    outputs = len(model.heads['target'].centre) if 'target' in model.tasks else 0
-    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs,
+    target = model.heads['target'] if 'target' in model.tasks else None
+    outputs, linear = (len(target.centre), target.linear) if target else (0, None)
+    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1,
                 weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
 
 def build_model(state:dict, **memory) -> Model:
     "The model that `state` describes, with its weights."
-    model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], **memory)
+    model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], **memory)
     model.load_state_dict(state['weights'])
     return model
 

@@ -132,7 +132,7 @@ class EncoderOptions(Options):
         if self.embedding_dim % self.attention_heads:
             raise AamError(f'--embedding-dim {self.embedding_dim} is not divisible by --attention-heads {self.attention_heads}: change one of them')
 
-# %% ../nbs/00_config.ipynb #1212f4cc
+# %% ../nbs/00_config.ipynb #7542b37e
 @dataclass
 class LossOptions(Options):
     "Self-supervised losses"
@@ -153,6 +153,7 @@ class TargetOptions(Options):
     best_metric:choice(best_metric_names)='val_loss' # validation score that chooses the best epoch; val_loss is the loss of the target
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
+    linear_start:Flag=True # start from a penalised linear model on the training ASVs
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]

@@ -17,7 +17,7 @@ from .table import Table, choose_asvs, draw_rng, relative_abundance, target_draw
 from .tokens import counter_hash, decode_tokens, encode_sequences, kmer_ids, mask_id, random_masks, sequence_keys, unknown_id
 from .unifrac import Branches, Distances, branch_presence, unweighted_unifrac
 
-# %% ../nbs/06_data.ipynb #ece1d049
+# %% ../nbs/06_data.ipynb #b999acb0
 @dataclass
 class Batch:
     "Distinct ASVs, the rows that index them, and what the tasks need."
@@ -31,6 +31,8 @@ class Batch:
     index:torch.Tensor # ASV of each slot, (R, S)
     mask:torch.Tensor # True where a slot is taken, (R, S)
     abundance:torch.Tensor # log1p(1e4 p)/log1p(1e4), 0 for padding, (R, S)
+    identity:torch.Tensor=None # number of each distinct ASV among those known to a linear path, 0 if unknown, (U,)
+    offset:torch.Tensor=None # out-of-fold outputs of that path, for training, (B, O)
     target:torch.Tensor=None # targets on the learnt scale (B, O), NaN missing; or classes (B,), -1 missing
     unifrac:torch.Tensor=None # distances of the UniFrac view (B, B), NaN where a pair does not count
     candidates:torch.Tensor=None # ASVs asked about in the count view, (B, C)
@@ -103,7 +105,7 @@ def hide_asvs(
     present = np.repeat([1., 0.], [len(secret.asvs), len(impostors)])
     return visible, np.concatenate([secret.asvs, impostors]), present, np.concatenate([ratios, np.full(len(impostors), np.nan)])
 
-# %% ../nbs/06_data.ipynb #ddd825d7
+# %% ../nbs/06_data.ipynb #acfe2584
 @dataclass
 class SampleData:
     "A table with tokens, distances and targets, from which batches are made."
@@ -117,6 +119,8 @@ class SampleData:
     branches:Branches=None # tree: distances are computed from each draw
     distances:Distances=None # matrix, joined to the table's samples by ID: distances are looked up
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
+    identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
+    offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
     nuc_mask_ratio:float=0.15
     nuc_share:float=0.1 # share of the distinct ASVs that the nucleotide task copies and masks
     mask_in_place:bool=False # mask the bases that all tasks see (to show why not to)
@@ -187,7 +191,7 @@ def nucleotide_task(data:SampleData, rows:np.ndarray, step:int):
     positions = np.flatnonzero(masks)
     return chosen, np.where(masks, mask_id, tokens).astype(np.uint8), positions, tokens.reshape(-1)[positions].astype(np.int64) - 1
 
-# %% ../nbs/06_data.ipynb #895dfc44
+# %% ../nbs/06_data.ipynb #2d1b1449
 def compact(indices:np.ndarray, size:int, pad:bool):
     "Distinct `indices`, padded to a bucket if asked, the weights that tell padding, and a map from old to new."
     distinct = np.unique(indices)
@@ -225,6 +229,8 @@ def make_batch(
     tokens = data.tokens[rows]
     if nucleotides: tokens, extra = add_nucleotides(data, tokens, rows[row_weight > 0], step, extra)
     if data.target is not None: extra['target'] = torch.from_numpy(data.target[np.asarray(samples)])
+    if data.identity is not None: extra['identity'] = torch.from_numpy(data.identity[asvs])
+    if data.offset is not None and training: extra['offset'] = torch.from_numpy(data.offset[np.asarray(samples)])
     return Batch(ids, tuple(views), bool((tokens == 0).any()), *map(torch.from_numpy, (tokens, new_row[data.token_row[asvs]], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), **extra)
 
 def candidate_tensors(new_asv, candidates, present, ratios) -> dict:

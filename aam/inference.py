@@ -6,7 +6,7 @@
 __all__ = ['log', 'evaluation_draws', 'Target', 'prediction_frame', 'predict_outputs', 'predict_samples', 'Predictor',
            'load_predictor']
 
-# %% ../nbs/28_inference.ipynb #2e681c00
+# %% ../nbs/28_inference.ipynb #2fdf92e7
 import logging
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from torch import Tensor
 from .checkpoint import build_model
 from .config import AamError
 from .data import Plan, SampleData, loader
+from .linear import identify
 from .metadata import class_targets, get_column, numeric_targets
 from .metrics import classification_scores, regression_scores
 from .predictor import Model
@@ -104,17 +105,18 @@ def predict_samples(model:Model, target:Target, data:SampleData, samples, catego
         total[where] += target.readable(outputs, None if categories is None else categories[where]); draws[where] += 1
     return np.where(draws > 0, total/np.maximum(draws, 1), np.nan)
 
-# %% ../nbs/28_inference.ipynb #6ff72521
+# %% ../nbs/28_inference.ipynb #40d21792
 @dataclass
 class Predictor:
     "A fine-tuned model and what it needs to read a table."
     model:Model
     target:Target
     reading:dict # depth, token limit, ASV sampling, seeds
+    known:list=() # ASVs that the linear path knows
 
     def data(self, table:Table) -> SampleData:
         "The table as the model reads it."
-        return SampleData(table, max_bp=self.model.options.max_bp, **self.reading)
+        return SampleData(table, max_bp=self.model.options.max_bp, identity=identify(table.sequences, self.known), **self.reading)
 
     def predict(self,
         table:Table,
@@ -133,4 +135,4 @@ class Predictor:
 
 def load_predictor(state:dict) -> Predictor:
     "The predictor in a train checkpoint."
-    return Predictor(build_model(state), Target.from_dict(state['target']), state['reading'])
+    return Predictor(build_model(state), Target.from_dict(state['target']), state['reading'], state['known_asvs'])

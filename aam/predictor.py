@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['view_names', 'CountHead', 'SampleStates', 'sample_states', 'TargetHead', 'Model', 'prime']
 
-# %% ../nbs/13_predictor.ipynb #edf70ec5
+# %% ../nbs/13_predictor.ipynb #ef586584
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from torch import Tensor
 
 from .config import EncoderOptions
 from .encoder import Encoder, NucleotideHead, unifrac_heads
 from .layers import AttentionPool, RunningStandardise
+from .linear import LinearPath
 
 # %% ../nbs/13_predictor.ipynb #69e32b00
 class CountHead(nn.Module):
@@ -38,7 +39,7 @@ class CountHead(nn.Module):
         seen = F.scaled_dot_product_attention(split(query), key, value, attn_mask=mask[:, None, None, :]).transpose(1, 2).flatten(2)
         return self.mlp(torch.cat([query, seen.to(query.dtype), query*seen], -1)).float()
 
-# %% ../nbs/13_predictor.ipynb #1024707e
+# %% ../nbs/13_predictor.ipynb #e7e736d8
 @dataclass
 class SampleStates:
     "What the target head reads of each sample."
@@ -46,21 +47,29 @@ class SampleStates:
     mask:Tensor # (B, S)
     abundance:Tensor # (B, S)
     sums:Tensor # abundance- and presence-weighted 6-mer sums, (B, 2, W)
+    identity:Tensor # number of the ASV in each slot among the known ones, (B, S)
 
-    def map(self, function): return SampleStates(*map(function, (self.states, self.mask, self.abundance, self.sums)))
+    def map(self, function): return SampleStates(*[function(getattr(self, f.name)) for f in fields(self)])
 
-def sample_states(encoded, rows:slice, deep_width:int) -> SampleStates:
-    "States and 6-mer sums of `rows`; the 6-mer part of an ASV vector starts at `deep_width`."
+def sample_states(encoded, batch, deep_width:int) -> SampleStates:
+    "States and 6-mer sums of the target view; the 6-mer part of an ASV vector starts at `deep_width`."
+    rows = batch.rows('target')
     with torch.autocast(encoded.asv.device.type, enabled=False):
         weights = torch.stack([encoded.abundance_weights[rows], encoded.presence_weights[rows]], 1).float()
         weights = weights / weights.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-6)
         sums = weights @ encoded.asv[:, deep_width:].float()
-    return SampleStates(encoded.states[rows], encoded.mask[rows], encoded.abundance[rows], sums)
+    index = batch.index[rows]
+    identity = torch.zeros_like(index) if batch.identity is None else batch.identity[index]
+    return SampleStates(encoded.states[rows], encoded.mask[rows], encoded.abundance[rows], sums, identity)
 
-# %% ../nbs/13_predictor.ipynb #68e92ab9
+# %% ../nbs/13_predictor.ipynb #44d10822
 class TargetHead(nn.Module):
     "Pooled states and 6-mer sums to targets."
-    def __init__(self, options:EncoderOptions, outputs:int):
+    def __init__(self,
+        options:EncoderOptions,
+        outputs:int, # width O
+        known:int=0, # ASVs known to the linear path; 0: no such path
+    ):
         super().__init__()
         D, W = options.embedding_dim, options.kmer_dim
         self.pool = AttentionPool(D)
@@ -70,18 +79,24 @@ class TargetHead(nn.Module):
         if self.wide is not None:
             self.sums_standardise, self.sums_dropout = RunningStandardise(2*W), nn.Dropout(options.dropout)
             for w in self.wide: nn.init.zeros_(w.weight)
+        self.linear = LinearPath(known, outputs) if known else None
+        if known: nn.init.zeros_(self.deep[-1].weight); nn.init.zeros_(self.deep[-1].bias)
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
 
-    def forward(self, x:SampleStates) -> Tensor: # (B, O)
+    def forward(self,
+        x:SampleStates,
+        offset:Tensor=None, # in place of the linear path, (B, O)
+    ) -> Tensor: # (B, O)
         weight = x.abundance[..., None] / x.abundance.square().sum(1).sqrt().clamp_min(1e-6)[:, None, None]
         pooled = torch.cat([self.pool(x.states, x.mask), (x.states * weight).sum(1)], -1)
         out = self.deep(self.pooled_standardise(pooled)).float()
         if self.wide is not None:
             sums = self.sums_dropout(self.sums_standardise(x.sums.flatten(1)).unflatten(1, (2, -1)))
             for i, w in enumerate(self.wide): out = out + w(sums[:, i]).float()
+        if self.linear is not None: out = out + (self.linear(x.identity, x.abundance, x.mask) if offset is None else offset)
         return self.centre + self.scale * out
 
-# %% ../nbs/13_predictor.ipynb #da15a767
+# %% ../nbs/13_predictor.ipynb #76ceceeb
 view_names = 'target', 'count', 'unifrac'
 
 class Model(nn.Module):
@@ -90,6 +105,7 @@ class Model(nn.Module):
         options:EncoderOptions,
         tasks:tuple, # heads to build
         outputs:int=0, # width of the target head
+        known:int=0, # ASVs known to its linear path
         checkpointing:bool=False, # recompute activations
         chunk_size:int=0, # ASVs encoded at a time; 0: all
     ):
@@ -97,7 +113,7 @@ class Model(nn.Module):
         self.options, self.tasks, self.frozen = options, tuple(tasks), False
         self.encoder = Encoder(options, checkpointing, chunk_size)
         width = self.encoder.asvs.width
-        builders = dict(target=lambda: TargetHead(options, outputs), count=lambda: CountHead(options, width),
+        builders = dict(target=lambda: TargetHead(options, outputs, known), count=lambda: CountHead(options, width),
                         unifrac=lambda: unifrac_heads[options.unifrac_head](options, width), nuc=lambda: NucleotideHead(options))
         self.heads = nn.ModuleDict({task: builders[task]() for task in tasks})
 
@@ -119,13 +135,13 @@ class Model(nn.Module):
 
     def states(self, batch) -> SampleStates:
         "What the target head reads."
-        return batch.states or sample_states(self.encode(batch), batch.rows('target'), self.options.embedding_dim)
+        return batch.states or sample_states(self.encode(batch), batch, self.options.embedding_dim)
 
     def forward(self, batch) -> dict:
         "Outputs by task; `unifrac_embedding` lets distances to other batches be computed."
-        if self.frozen or batch.states is not None: return dict(target=self.heads['target'](self.states(batch)))
+        if self.frozen or batch.states is not None: return dict(target=self.heads['target'](self.states(batch), batch.offset))
         encoded, out = self.encode(batch), {}
-        if 'target' in batch.views: out['target'] = self.heads['target'](sample_states(encoded, batch.rows('target'), self.options.embedding_dim))
+        if 'target' in batch.views: out['target'] = self.heads['target'](sample_states(encoded, batch, self.options.embedding_dim), batch.offset)
         if 'count' in batch.views:
             rows = batch.rows('count')
             out['count'] = self.heads['count'](encoded.asv, batch.candidates, encoded.states[rows], encoded.mask[rows])

@@ -34,7 +34,7 @@ def pick_device(name:str) -> str:
     if name == 'cuda' and not torch.cuda.is_available(): raise AamError('--device cuda: PyTorch finds no GPU here; use --device cpu or auto')
     return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
 
-# %% ../nbs/29_session.ipynb #5ca2dc9b
+# %% ../nbs/29_session.ipynb #eff6dffb
 class Session:
     "A run of `pretrain` or `train`."
     def __init__(self, kind:str, **options):
@@ -70,9 +70,9 @@ class Session:
             if ids: write_ids(ids, self.folder/f'{name}_samples.txt')
         inputs.write_dropped(self.folder/'dropped_samples.tsv')
         self.stored = {name: o.to_dict() for name, o in self.options.items()}
-        self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **facts))
+        self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **{k: v for k, v in facts.items() if k != 'known_asvs'})) # thousands of sequences are in the checkpoint
 
-    def fit(self, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=()) -> Training:
+    def fit(self, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False) -> Training:
         "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew."
         options, seed = self.options['training'], self.options['run'].seed
         if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
@@ -84,7 +84,7 @@ class Session:
         common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
         save_best = lambda m, scores: save_checkpoint(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
         save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
-        fit(t, mode, score, metric, save_best, save_last, watch, record, lambda t, line: log.info(epoch_line(t, line)))
+        fit(t, mode, score, metric, save_best, save_last, watch, from_start, record, lambda t, line: log.info(epoch_line(t, line)))
         record.close()
         if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
         log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")

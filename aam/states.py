@@ -12,18 +12,18 @@ from dataclasses import replace
 from .data import Batch, Plan, loader
 from .predictor import Model, SampleStates
 
-# %% ../nbs/15_states.ipynb #157c19ff
+# %% ../nbs/15_states.ipynb #a1e4d695
 def stack_states(states:list[SampleStates]) -> SampleStates:
     "States of single samples as one padded batch."
     pad = lambda name: torch.nn.utils.rnn.pad_sequence([getattr(s, name)[0] for s in states], batch_first=True)
-    return SampleStates(pad('states'), pad('mask'), pad('abundance'), torch.cat([s.sums for s in states]))
+    return SampleStates(pad('states'), pad('mask'), pad('abundance'), torch.cat([s.sums for s in states]), pad('identity'))
 
 def split_states(states:SampleStates) -> list[SampleStates]:
     "One entry per sample, without padding."
     lengths = states.mask.sum(1).tolist()
-    return [SampleStates(states.states[i:i+1, :n], states.mask[i:i+1, :n], states.abundance[i:i+1, :n], states.sums[i:i+1]) for i, n in enumerate(lengths)]
+    return [SampleStates(states.states[i:i+1, :n], states.mask[i:i+1, :n], states.abundance[i:i+1, :n], states.sums[i:i+1], states.identity[i:i+1, :n]) for i, n in enumerate(lengths)]
 
-# %% ../nbs/15_states.ipynb #c0cfabaa
+# %% ../nbs/15_states.ipynb #847a43db
 class KeptStates:
     "The batches of `plan`, their target view already encoded by a frozen `model`."
     @torch.no_grad()
@@ -44,4 +44,5 @@ class KeptStates:
         samples = self.plan.order(epoch)[k*self.plan.batch_size:(k + 1)*self.plan.batch_size]
         data, none = self.data, [None]*7
         target = None if data.target is None else torch.from_numpy(data.target[samples])
-        return Batch([data.table.sample_ids[i] for i in samples], ('target',), False, *none, target=target, states=stack_states([self.states[i] for i in samples]))
+        offset = torch.from_numpy(data.offset[samples]) if data.offset is not None and self.training else None
+        return Batch([data.table.sample_ids[i] for i in samples], ('target',), False, *none, target=target, offset=offset, states=stack_states([self.states[i] for i in samples]))

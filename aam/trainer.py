@@ -138,7 +138,7 @@ def train_epoch(t:Training, mode:str, record:Record=None) -> dict:
     memory = dict(peak_memory_gb=torch.cuda.max_memory_allocated()/2**30) if t.device == 'cuda' else {}
     return meter.means() | dict(seconds=time.perf_counter() - start, lr=t.optimizer.param_groups[0]['lr'], **memory)
 
-# %% ../nbs/26_trainer.ipynb #a4c82a3d
+# %% ../nbs/26_trainer.ipynb #d6bb7c5b
 def fit(t:Training,
     mode:str, # key of `monitor.labels`
     score, # Validation -> dict of scores for the record
@@ -146,20 +146,26 @@ def fit(t:Training,
     save_best=None, # called with the best weights in the model, and the scores
     save_last=None, # called with the training state
     watch:str='total', # whose validation loss is `val_loss`: a task, or the weighted total
+    from_start:bool=False, # may the untrained weights be the best?
     record:Record=None,
     report=None, # called with each epoch's line
 ) -> Training:
     "Trains until the epochs or the patience are used up."
-    while t.epoch < t.options.epochs and t.waited < t.options.patience:
-        trained = train_epoch(t, mode, record)
+    def judge():
         with t.average.swapped_in(t.model) if t.options.average_decay else nullcontext():
             v = validate(t.model, t.stop, t.objective, t.device, workers=t.options.num_workers)
             scores = dict(val_loss=v.means[watch], **{f'val_{k}_loss': x for k, x in v.means.items() if k in (*t.objective.weights, 'total')}, **{f'val_{k}': x for k, x in score(v).items()})
             value = scores[metric if metric == 'val_loss' else 'val_' + metric]
-            t.epoch += 1
             better = is_better(metric, value, t.best)
             t.best, t.best_epoch, t.waited = (value, t.epoch, 0) if better else (t.best, t.best_epoch, t.waited + 1)
             if better and save_best: save_best(t.model, scores)
+        return scores
+
+    if from_start and t.step == 0: judge()
+    while t.epoch < t.options.epochs and t.waited < t.options.patience:
+        trained = train_epoch(t, mode, record)
+        t.epoch += 1
+        scores = judge()
         line = {f'train_{k}' if k not in ('seconds', 'lr', 'peak_memory_gb') else k: x for k, x in trained.items()} | scores
         if record: record.epoch(line, t.epoch, t.step)
         if report: report(t, line)
