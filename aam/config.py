@@ -7,7 +7,7 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'best_metric_names', 'device_names', 'Required', 'RequiredText', 'Flag', 'preset_names', 'presets',
            'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'option_name', 'Options', 'check_value', 'InputOptions',
            'SplitOptions', 'EncoderOptions', 'LossOptions', 'TargetOptions', 'TrainingOptions', 'RunOptions', 'command',
-           'build_options', 'command_parser', 'parse_command']
+           'build_options', 'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #108f6607
 import argparse, difflib, functools, inspect
@@ -291,3 +291,32 @@ def parse_command(function, argv:list[str], name:str) -> dict:
     values, unknown = parser.parse_known_args(argv)
     if unknown: raise AamError(f"{' '.join(unknown)}: not understood (see {name} --help)")
     return {k: v for k, v in vars(values).items() if k != 'debug'} # which `main` looks for
+
+# %% ../nbs/00_config.ipynb #c4c2783f
+def _value_words(kind, meta) -> str:
+    "What an option takes."
+    choices = next((m['choices'] for m in meta if isinstance(m, dict) and 'choices' in m), None)
+    if choices: return ', '.join(f'`{c}`' for c in choices)
+    words = {int: 'whole number', float: 'number', str: 'text', Path: 'path', bool: 'switch'}
+    text = words.get(kind) or inspect.getdoc(kind).rstrip('.').lower()
+    bounds = next((m for m in meta if isinstance(m, Bounds)), Bounds())
+    if bounds.high is not None: return f'{text}, {bounds.low} to {bounds.high}'
+    return text if bounds.low is None else f'{text}, {bounds.low} or more'
+
+def _option_row(name:str, annotation, default, help_:str) -> str:
+    "A line of the table."
+    kind, meta = (get_args(annotation)[0], get_args(annotation)[1:]) if get_origin(annotation) is Annotated else (annotation, ())
+    extra = next((m for m in meta if isinstance(m, dict)), {})
+    typed = f'`{option_name(name)}`' + (f', `{option_name("no_" + name)}`' if 'action' in extra else '')
+    shown = 'required' if extra.get('required') else '-' if default is None else f'`{default}`'
+    return '| ' + ' | '.join([typed, (help_ or '').replace('|', '\\|'), _value_words(kind, meta), shown]) + ' |'
+
+def option_table(
+    source, # dataclass of options; or a command, for those outside its dataclasses
+    *only:str, # fields to show, in this order; all of them if none is named
+) -> str: # Markdown
+    "Options as a table: name, meaning, values, default."
+    defaults = {f.name: f.default for f in fields(source)} if inspect.isclass(source) else {n: p.default for n, p in source.plain.items()}
+    hints, help_ = get_type_hints(source, include_extras=True), docments(source)
+    rows = [_option_row(name, hints[name], defaults[name], help_[name]) for name in only or defaults]
+    return '\n'.join(['| option | what it does | values | default |', '|---|---|---|---|', *rows])

@@ -6,12 +6,11 @@
 __all__ = ['log', 'pick_device', 'Session', 'epoch_line', 'unifrac_variance', 'count_deviation', 'DistanceScore', 'reachable',
            'majority_accuracy']
 
-# %% ../nbs/29_session.ipynb #a9e213f0
+# %% ../nbs/29_session.ipynb #4ed8821b
 import logging, shutil
 import numpy as np
 import torch
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 from .checkpoint import describe_model, save_checkpoint
 from .config import AamError
@@ -24,7 +23,6 @@ from .monitor import Record, read_metrics
 from .predictor import Model, prime
 from .run import RunFolder, find_resume, resumed_options, start_messages, write_messages_to
 from .trainer import Training, Validation, fit
-from .unifrac import branch_presence, unweighted_unifrac
 
 log = logging.getLogger('aam')
 
@@ -112,7 +110,7 @@ def count_deviation(data:SampleData, samples) -> float:
     logs = [np.log(data.table.row(i)[1]) for i in samples]
     return float(max(np.concatenate([x - x.mean() for x in logs if len(x)]).std(), 1e-3))
 
-# %% ../nbs/29_session.ipynb #59b5f9ca
+# %% ../nbs/29_session.ipynb #fc70bb7c
 class DistanceScore:
     "Compares predicted distances between `samples` with the true ones."
     def __init__(self, data:SampleData, samples, most:int=1000):
@@ -130,7 +128,6 @@ class DistanceScore:
 def reachable(data:SampleData, inputs:Inputs, samples, most:int=1000) -> float|None:
     "R2 between two rarefactions of `samples` (with a matrix: between it and a rarefaction); None without a tree."
     if inputs.branches is None: return None
-    from dataclasses import replace
     tree = replace(data, distances=None, branches=inputs.branches)
     samples = list(samples)[:most]
     first = all_distances(tree, samples, 0)

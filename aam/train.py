@@ -8,12 +8,12 @@ __all__ = ['read_target', 'fit_target', 'train', 'start_linear', 'choose_weights
 # %% ../nbs/31_train.ipynb #7990e95b
 from .config import AamError, EncoderOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TargetOptions, TrainingOptions, command
 
-# %% ../nbs/31_train.ipynb #167cbf91
+# %% ../nbs/31_train.ipynb #2da95f62
 def read_target(options:TargetOptions, inputs):
     "A `Target` yet to be fitted, and the true values of the samples (N, O) or (N,); samples without any are dropped."
     import numpy as np
     from aam.inference import Target
-    from aam.metadata import class_targets, get_column, is_text_column
+    from aam.metadata import class_targets, get_column
     from aam.transforms import make_transform
     for column in [*options.columns, *([options.normalize_by] if options.normalize_by else [])]: get_column(inputs.frame, column)
     if options.classifier:
@@ -143,7 +143,7 @@ def warn_of_seen(log, pretrained:dict, parts):
         n = len(seen & set(ids))
         if n: log.warning(f'{n} of {len(ids)} {name} samples were in the pre-training of the encoder; use the same sample lists for both to keep them apart')
 
-# %% ../nbs/31_train.ipynb #bda66bdf
+# %% ../nbs/31_train.ipynb #4bef84b2
 def score_part(folder, part:str, ids, predictor, inputs, batch_size:int, device:str, log) -> dict:
     "Scores, `<part>_predictions.tsv` and a picture."
     from aam.figures import save_figure
@@ -162,7 +162,6 @@ def score_part(folder, part:str, ids, predictor, inputs, batch_size:int, device:
 
 def target_figures(target, actual, predicted, scores) -> dict:
     "A confusion matrix, or predicted against actual for each column."
-    import numpy as np
     from aam.figures import confusion, predicted_actual
     if target.classes:
         known = actual >= 0

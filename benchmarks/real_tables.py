@@ -17,7 +17,7 @@ tasks = {
 
 def write_lists(task:dict, data:Path, seed:int, out:Path) -> dict:
     "Sample lists of the three parts, whole groups together."
-    from aam.metadata import Split, hold_out, read_metadata, write_ids
+    from aam.metadata import hold_out, read_metadata, write_ids
     frame = read_metadata(data/task['folder']/'metadata.tsv')
     frame = frame[frame[task['column']].notna()]
     groups = frame[task['group']].to_dict()
