@@ -10,10 +10,11 @@ import importlib, os, sys
 
 from .config import AamError, command_parser, nearest, parse_command
 
-# %% ../nbs/40_cli.ipynb #8b6da9f1
+# %% ../nbs/40_cli.ipynb #d60dfefd
 commands = {
     'pretrain': ('aam.pretrain:pretrain', 'learn an encoder from tables without labels'),
     'train': ('aam.train:train', 'learn to predict metadata columns'),
+    'check': ('aam.check:check', 'what training would make of your files, without training'),
     'predict': ('aam.predict:predict', 'predict new samples with a trained model'),
     'rf-baseline': ('aam.rf_baseline:rf_baseline', 'the same prediction by Random Forest'),
     'simulate': ('aam.simulate:simulate', 'write a small simulated data set'),
@@ -31,9 +32,9 @@ def overview() -> str:
     rows = '\n'.join(f'  {name:<12} {summary}' for name, (_, summary) in commands.items())
     return f'usage: aam COMMAND [options]\n\nAttention All Microbes: predict sample metadata from 16S amplicon tables.\n\n{rows}\n\naam COMMAND --help shows the options of a command.'
 
-# %% ../nbs/40_cli.ipynb #9199e83b
+# %% ../nbs/40_cli.ipynb #dde4df97
 def run_command(argv:list[str]):
-    "Runs `aam` with the arguments `argv`."
+    "Runs `aam` with the arguments `argv`; returns what the command returns."
     if not argv or argv[0] in ('-h', '--help', 'help'): return print(overview())
     if argv[0] == '--version':
         from aam import __version__
@@ -41,12 +42,12 @@ def run_command(argv:list[str]):
     function, name = load_command(argv[0]), f'aam {argv[0]}'
     if {'-h', '--help'} & set(argv[1:]): return print(command_parser(function, name).format_help())
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise AamError(f"started with {os.environ['WORLD_SIZE']} processes, this version trains with one; use --nproc_per_node=1")
-    function(**parse_command(function, argv[1:], name))
+    return function(**parse_command(function, argv[1:], name))
 
 def main(argv:list[str]=None) -> int:
     "Entry point of the command `aam`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
-    try: run_command(argv)
+    try: result = run_command(argv)
     except AamError as error:
         if '--debug' in argv: raise
         print(f'aam: {error}', file=sys.stderr)
@@ -54,7 +55,7 @@ def main(argv:list[str]=None) -> int:
     except KeyboardInterrupt:
         print('aam: interrupted', file=sys.stderr)
         return 130
-    return 0
+    return result if isinstance(result, int) else 0
 
 # %% ../nbs/40_cli.ipynb #7769cdec
 if __name__ == '__main__': sys.exit(main())

@@ -20,7 +20,7 @@ from .unifrac import Branches, Distances, read_distances, read_tree
 
 log = logging.getLogger('aam')
 
-# %% ../nbs/07_inputs.ipynb #d867f0ed
+# %% ../nbs/07_inputs.ipynb #8ff2aaac
 @dataclass
 class Inputs:
     "Samples of a table with their metadata and distances, in the order of their IDs."
@@ -30,6 +30,7 @@ class Inputs:
     branches:Branches=None # of the tree
     distances:Distances=None # of the matrix
     dropped:dict=field(default_factory=dict) # reason by sample ID
+    steps:list=field(default_factory=list) # after each loss: the reason; samples, ASVs and reads left
 
     @property
     def sample_ids(self): return self.table.sample_ids
@@ -44,6 +45,11 @@ class Inputs:
         self.dropped |= dict.fromkeys(sorted(lost), reason)
         self.table = self.table.select([s for s in self.sample_ids if s not in lost])
         if self.frame is not None: self.frame = self.frame.loc[self.sample_ids]
+        self.steps.append((reason, *self.size()))
+
+    def size(self) -> tuple[int, int, int]:
+        "Samples, ASVs with reads in them, and reads."
+        return len(self.table), len(np.unique(self.table.counts.indices)), int(self.table.reads.sum())
 
     def write_dropped(self, path:Path):
         "Writes `dropped_samples.tsv`."
