@@ -12,6 +12,11 @@ def from_root(target: str) -> str:
     return target if re.match(r"[a-z]+:|#|/", target) else posixpath.normpath(posixpath.join("nbs", target))
 
 
+def link_files(text: str) -> str:
+    "`CHANGELOG.md` and its like as links: the site has no such pages, the repository has."
+    return re.sub(r"`([A-Z]+(?:\.md)?)`", lambda m: f"[{m[1]}]({m[1]})" if (root / m[1]).is_file() else m[0], text)
+
+
 def readme() -> str:
     "The index notebook as Markdown: no front matter, hidden cells or directives."
     import nbformat
@@ -21,7 +26,7 @@ def readme() -> str:
     notebook.cells = [c for c in notebook.cells if c.cell_type != "raw" and not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, re.M)]
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-        else: cell.source = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_root(m[2]), cell.source)
+        else: cell.source = link_files(re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_root(m[2]), cell.source))
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     note = "<!-- Written from nbs/index.ipynb by .ci/readme.py. Do not edit. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

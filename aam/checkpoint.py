@@ -6,13 +6,13 @@
 __all__ = ['format_version', 'save_checkpoint', 'load_checkpoint', 'describe_model', 'build_model', 'pretrained_options',
            'load_pretrained']
 
-# %% ../nbs/24_checkpoint.ipynb #0f2f19c4
+# %% ../nbs/24_checkpoint.ipynb #dfec84e5
 import os
 import torch
 from dataclasses import fields
 from pathlib import Path
 
-from .config import AamError, EncoderOptions, option_name
+from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, option_name
 from .predictor import Model
 
 # %% ../nbs/24_checkpoint.ipynb #cecd8288
@@ -41,17 +41,21 @@ def load_checkpoint(path:Path, kinds=('pretrain', 'train'), part:str='weights') 
     if part not in state: raise AamError(f"{path}: holds {'the state of a run' if part == 'weights' else 'weights alone'}; give {'best_model.pt' if part == 'weights' else 'last.pt, or the folder of the run'}")
     return state
 
-# %% ../nbs/24_checkpoint.ipynb #b61d7743
+# %% ../nbs/24_checkpoint.ipynb #972b92e5
 def describe_model(model:Model) -> dict:
     "What `build_model` needs, and the weights."
     target = model.heads['target'] if 'target' in model.tasks else None
     outputs, linear = (len(target.centre), target.linear) if target else (0, None)
     return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1,
+                head=model.head.to_dict(), quantiles=model.quantiles,
+                categories=model.categories and model.categories.to_dict(), vocabulary=model.vocabulary,
                 weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
 
 def build_model(state:dict, **memory) -> Model:
     "The model that `state` describes, with its weights."
-    model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], **memory)
+    categories = CategoryOptions(**state['categories']) if state.get('categories') else None
+    model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], categories=categories, vocabulary=state.get('vocabulary'),
+                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], **memory)
     model.load_state_dict(state['weights'])
     return model
 

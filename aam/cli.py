@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['commands', 'load_command', 'overview', 'run_command', 'main']
 
-# %% ../nbs/40_cli.ipynb #71af1beb
+# %% ../nbs/40_cli.ipynb #dfb81a2e
 import importlib, os, sys
 
-from .config import AamError, command_parser, nearest, parse_command
+from .config import AamError, categorical_help, command_parser, nearest, parse_command
 
 # %% ../nbs/40_cli.ipynb #d60dfefd
 commands = {
@@ -32,7 +32,7 @@ def overview() -> str:
     rows = '\n'.join(f'  {name:<12} {summary}' for name, (_, summary) in commands.items())
     return f'usage: aam COMMAND [options]\n\nAttention All Microbes: predict sample metadata from 16S amplicon tables.\n\n{rows}\n\naam COMMAND --help shows the options of a command.'
 
-# %% ../nbs/40_cli.ipynb #dde4df97
+# %% ../nbs/40_cli.ipynb #033bb133
 def run_command(argv:list[str]):
     "Runs `aam` with the arguments `argv`; returns what the command returns."
     if not argv or argv[0] in ('-h', '--help', 'help'): return print(overview())
@@ -40,6 +40,7 @@ def run_command(argv:list[str]):
         from aam import __version__
         return print(f'aam {__version__}')
     function, name = load_command(argv[0]), f'aam {argv[0]}'
+    if argv[0] == 'train' and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
     if {'-h', '--help'} & set(argv[1:]): return print(command_parser(function, name).format_help())
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise AamError(f"started with {os.environ['WORLD_SIZE']} processes, this version trains with one; use --nproc_per_node=1")
     return function(**parse_command(function, argv[1:], name))

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names', 'optimizer_names', 'scheduler_names',
-           'best_metric_names', 'device_names', 'Required', 'RequiredText', 'Flag', 'preset_names', 'presets',
-           'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'option_name', 'Options', 'check_value', 'InputOptions',
-           'SplitOptions', 'EncoderOptions', 'LossOptions', 'TargetOptions', 'TrainingOptions', 'RunOptions', 'command',
-           'build_options', 'command_parser', 'parse_command', 'option_table']
+           'precision_names', 'compile_names', 'mask_strategy_names', 'unifrac_metric_names', 'fusion_names',
+           'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names', 'device_names',
+           'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options', 'preset_names',
+           'presets', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
+           'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
+           'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_losses', 'check_scale', 'split_names',
+           'CategoryOptions', 'TrainingOptions', 'RunOptions', 'command', 'build_options', 'command_parser',
+           'parse_command', 'option_table']
 
-# %% ../nbs/00_config.ipynb #108f6607
-import argparse, difflib, functools, inspect
+# %% ../nbs/00_config.ipynb #97a102f3
+import argparse, difflib, functools, inspect, json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -26,16 +30,24 @@ def nearest(name:str, known) -> list[str]:
     "The entries of `known`, most similar to `name` first."
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio())
 
-# %% ../nbs/00_config.ipynb #a4fc38f3
+# %% ../nbs/00_config.ipynb #7849b6f7
 asv_sampling_names = 'first', 'abundance', 'random'
 target_transform_names = 'none', 'minmax', 'zscore', 'zscore-category', 'log-minmax', 'log-zscore'
 unifrac_head_names = 'union', 'euclid'
 optimizer_names = 'adamw', 'adam', 'sgd'
-scheduler_names = 'warmup_cosine',
+scheduler_names = 'warmup_cosine', 'cosine_restarts', 'plateau', 'onecycle'
+precision_names = 'bf16', 'fp16', 'none'
+compile_names = 'on', 'off', 'auto'
+mask_strategy_names = 'random', 'span'
+unifrac_metric_names = 'unweighted', 'weighted'
+fusion_names = 'concat', 'add', 'gmu', 'cross-attention', 'perceiver'
+loss_type_names = 'huber', 'mse', 'mae', 'quantile', 'asymmetric'
+output_activation_names = 'none', 'relu', 'softplus', 'exp'
+class_weight_names = 'none', 'balanced', 'sqrt'
 best_metric_names = 'val_loss', 'r2', 'mae', 'accuracy', 'f1'
 device_names = 'auto', 'cpu', 'cuda'
 
-# %% ../nbs/00_config.ipynb #3c98940c
+# %% ../nbs/00_config.ipynb #6305a3b0
 @dataclass(frozen=True)
 class Bounds:
     "Closed interval that a number must lie in."
@@ -50,11 +62,28 @@ def choice(names):
     "Annotation of one of `names`."
     return Annotated[str, dict(choices=list(names))]
 
+def _listed(convert, text, what):
+    "Numbers in `text`, separated by commas; lists pass through."
+    try: return [convert(x) for x in (text.split(',') if isinstance(text, str) else text)]
+    except (TypeError, ValueError): raise AamError(f'must be {what} separated by commas') from None
+
+def parse_numbers(text): "Numbers, separated by commas."; return _listed(float, text, 'numbers')
+def parse_widths(text): "Whole numbers, separated by commas."; return _listed(int, text, 'whole numbers')
+
+def parse_json(text):
+    "JSON object."
+    try: value = json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError: value = None
+    if not isinstance(value, dict): raise AamError('must be an object in JSON, such as {"0": "mse", "1": "huber"}')
+    return value
+
+parsers = parse_numbers, parse_widths, parse_json
+
 Required = Annotated[Path, dict(opt=True, required=True)]
 RequiredText = Annotated[str, dict(opt=True, required=True)]
 Flag = Annotated[bool, dict(action=argparse.BooleanOptionalAction)]
 
-# %% ../nbs/00_config.ipynb #7788c9d8
+# %% ../nbs/00_config.ipynb #99da5d80
 def option_name(field_name:str) -> str:
     "`embedding_dim` as typed in a shell: `--embedding-dim`."
     return '--' + field_name.replace('_', '-')
@@ -67,6 +96,9 @@ class Options:
             value = getattr(self, name)
             kind, meta = (get_args(annotation)[0], get_args(annotation)[1:]) if get_origin(annotation) is Annotated else (annotation, ())
             if kind is Path and isinstance(value, str): setattr(self, name, Path(value))
+            if kind in parsers and value is not None:
+                try: setattr(self, name, kind(value))
+                except AamError as error: raise AamError(f'{option_name(name)} {value}: {error}') from None
             for m in meta: check_value(name, value, m)
         self.check()
 
@@ -89,13 +121,14 @@ def check_value(name, value, meta):
         if 'choices' in meta and value is not None and value not in meta['choices']:
             raise AamError(f"{opt} {value}: choose from {', '.join(meta['choices'])}; did you mean {nearest(str(value), meta['choices'])[0]}?")
 
-# %% ../nbs/00_config.ipynb #3ca6b6fa
+# %% ../nbs/00_config.ipynb #39513b4d
 @dataclass
 class InputOptions(Options):
     "Input"
-    table:Required=None # BIOM table, samples x ASVs; observation IDs are the DNA sequences
-    unifrac_matrix:Path=None # UniFrac distances, .h5 (as ssu writes it), .npy, .csv or .tsv
-    tree:Path=None # rooted newick tree with the ASVs as tips; distances are then computed from each rarefaction
+    table:Required=None # BIOM table or .qza, samples x ASVs; observation IDs are the DNA sequences, or see --sequences; several files separated by commas
+    sequences:Path=None # FASTA or .qza with the sequence of each observation ID (md5 sums, for example)
+    unifrac_matrix:Path=None # UniFrac distances, .h5 (as ssu writes it), .npy, .csv, .tsv or .qza
+    tree:Path=None # rooted newick tree or .qza with the ASVs as tips; distances are then computed from each rarefaction
     token_limit:Number(int, 1)=1024 # most ASVs of a sample that the model reads
     asv_sampling:choice(asv_sampling_names)='first' # which ASVs to read above --token-limit
     rarefy_depth:Number(int, 1)=None # reads per sample after rarefaction; samples with fewer are dropped (without it: the largest depth up to 5000 that 90 % of the samples reach, and none is dropped)
@@ -110,7 +143,7 @@ class SplitOptions(Options):
     val_samples:Path=None # file with the IDs of the samples to validate and stop on
     test_samples:Path=None # file with the IDs of samples kept out of fitting and stopping
 
-# %% ../nbs/00_config.ipynb #6bcd0a7c
+# %% ../nbs/00_config.ipynb #55170ebd
 @dataclass
 class EncoderOptions(Options):
     "Encoder"
@@ -119,6 +152,7 @@ class EncoderOptions(Options):
     attention_layers:Number(int, 1)=4 # transformer blocks in each of the three stacks
     max_bp:Number(int, 1)=150 # bases of each ASV that the nucleotide stack reads
     dropout:Number(float, 0, 0.9)=0.1 # dropout in the sample stacks and the heads (never on the path to UniFrac)
+    unifrac_metric:choice(unifrac_metric_names)='unweighted' # which UniFrac: computed from --tree, or held by --unifrac-matrix (weighted: the normalised one)
     unifrac_head:choice(unifrac_head_names)='union' # 'union': soft union of branches; 'euclid': tanh of a distance between pooled vectors
     unifrac_branches:Number(int, 1)=512 # soft branches of the union head
     kmer_dim:Number(int, 1)=256 # width of the 6-mer vector of an ASV
@@ -132,7 +166,7 @@ class EncoderOptions(Options):
         if self.embedding_dim % self.attention_heads:
             raise AamError(f'--embedding-dim {self.embedding_dim} is not divisible by --attention-heads {self.attention_heads}: change one of them')
 
-# %% ../nbs/00_config.ipynb #7542b37e
+# %% ../nbs/00_config.ipynb #ab025a95
 @dataclass
 class LossOptions(Options):
     "Self-supervised losses"
@@ -140,6 +174,7 @@ class LossOptions(Options):
     nuc_penalty:Number(float, 0)=1. # weight of the masked-nucleotide loss
     count_penalty:Number(float, 0)=1. # weight of the masked-count loss
     nuc_mask_ratio:Number(float, 0, 0.9)=0.15 # share of the bases masked in the ASVs of the nucleotide task
+    nuc_mask_strategy:choice(mask_strategy_names)='random' # mask single bases, or stretches of about ten
 
 @dataclass
 class TargetOptions(Options):
@@ -147,10 +182,18 @@ class TargetOptions(Options):
     metadata:Required=None # table of sample metadata, tab separated, sample IDs in its first column
     metadata_column:RequiredText=None # column to predict, or several separated by commas (regression)
     classifier:bool=False # predict classes
+    out_dim:Number(int, 1)=None # number of classes, or of columns, that you expect; it is found from the metadata
+    class_weights:str='none' # weight of each class in the loss: none, balanced, sqrt (root of balanced), or numbers separated by commas, in the order of the class names
     target_transform:choice(target_transform_names)='minmax' # scale on which a regression target is learnt
     normalize_by:str=None # metadata column of the groups of zscore-category
     target_penalty:Number(float, 0)=1. # weight of the target loss
+    loss_type:choice(loss_type_names)='huber' # loss of regression
+    quantiles:parse_numbers=None # levels that --loss-type quantile predicts, such as 0.1,0.5,0.9
+    over_penalty:Number(float, 0)=1. # asymmetric loss: weight of predictions that are too high
+    under_penalty:Number(float, 0)=1. # asymmetric loss: weight of predictions that are too low
+    loss_config:parse_json=None # losses of single targets, by column name or position from 0, as JSON: {"ph": "mse", "1": "mae"}
     best_metric:choice(best_metric_names)='val_loss' # validation score that chooses the best epoch; val_loss is the loss of the target
+    val_prediction_passes:Number(int, 1)=4 # rarefactions whose predictions are averaged, in the final scores and, unless told otherwise, in predict
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
     linear_start:Flag=True # start from a penalised linear model on the training ASVs
@@ -158,19 +201,132 @@ class TargetOptions(Options):
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]
 
-    def check(self):
-        if self.classifier and len(self.columns) > 1:
-            raise AamError(f'--metadata-column {self.metadata_column}: --classifier predicts one column, give one')
-        if self.classifier and 'target_transform' in self.given:
-            raise AamError(f'--target-transform {self.target_transform}: classes have no scale; leave it out or drop --classifier')
-        if (self.target_transform == 'zscore-category') != (self.normalize_by is not None):
-            raise AamError('--target-transform zscore-category and --normalize-by COLUMN go together: give both or neither')
-        if self.best_metric in (('r2', 'mae') if self.classifier else ('accuracy', 'f1')):
-            raise AamError(f"--best-metric {self.best_metric}: not a score of {'classes' if self.classifier else 'regression'}; choose another")
-        if self.freeze_base and self.pretrained_encoder is None:
-            raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
+    @property
+    def loss_types(self):
+        "The loss of each target."
+        config = self.loss_config or {}
+        return [config.get(c, config.get(str(i), self.loss_type)) for i, c in enumerate(self.columns)]
 
-# %% ../nbs/00_config.ipynb #5c91dc3a
+    def check(self):
+        if self.quantiles is not None: self.quantiles = sorted(set(self.quantiles))
+        for check in (check_classes, check_losses, check_scale): check(self)
+
+@dataclass
+class HeadOptions(Options):
+    "Target head"
+    bounded_targets:bool=False # keep predictions between 0 and 1 on the learnt scale, by a sigmoid (with minmax: within the range of the training samples)
+    output_activation:choice(output_activation_names)='none' # keep predictions above 0 on the learnt scale (with minmax: above the smallest training value)
+    learnable_output_scale:bool=False # learn a scale and a bias for each output, after the head
+    regressor_hidden_dims:parse_widths=None # widths of the head's hidden layers, such as 64,32 (without it: one, of --embedding-dim)
+    regressor_dropout:Number(float, 0, 0.9)=0. # dropout between these layers (0 without --regressor-hidden-dims: --dropout)
+
+    def check(self):
+        if self.bounded_targets and self.output_activation != 'none':
+            raise AamError(f'--bounded-targets and --output-activation {self.output_activation} contradict each other: choose one')
+        if self.regressor_hidden_dims is not None and min(self.regressor_hidden_dims, default=0) < 1:
+            raise AamError(f'--regressor-hidden-dims {",".join(map(str, self.regressor_hidden_dims))}: widths must be at least 1')
+
+# %% ../nbs/00_config.ipynb #5c689e0c
+def _refuse(o, name:str, why:str):
+    value = getattr(o, name)
+    shown = ','.join(map(str, value)) if isinstance(value, list) else json.dumps(value) if isinstance(value, dict) else value
+    raise AamError(f'{option_name(name)} {shown}: {why}')
+
+def check_classes(o:TargetOptions):
+    "Options that only classes have, or only numbers."
+    if o.classifier:
+        if len(o.columns) > 1: _refuse(o, 'metadata_column', '--classifier predicts one column, give one')
+        for name in ('target_transform', 'normalize_by', 'loss_type', 'loss_config', 'quantiles', 'over_penalty', 'under_penalty'):
+            if name in o.given: _refuse(o, name, 'is for regression; leave it out or drop --classifier')
+    elif o.class_weights != 'none': _refuse(o, 'class_weights', 'is for classes; add --classifier or leave it out')
+    elif o.out_dim not in (None, len(o.columns)): _refuse(o, 'out_dim', f"{len(o.columns)} column{'s are' if len(o.columns) > 1 else ' is'} predicted; leave it out, or add --classifier for classes")
+    if o.class_weights not in class_weight_names:
+        try: weights = parse_numbers(o.class_weights)
+        except AamError: _refuse(o, 'class_weights', f"choose from {', '.join(class_weight_names)}, or give numbers separated by commas, one for each class")
+        if min(weights) < 0 or not 0 < sum(weights) < float('inf'): _refuse(o, 'class_weights', 'weights must not be negative, nor all be 0')
+
+def check_losses(o:TargetOptions):
+    "Losses, and what belongs to them."
+    if (o.loss_type == 'quantile') != (o.quantiles is not None): raise AamError('--loss-type quantile and --quantiles LEVELS go together: give both or neither')
+    if o.quantiles is not None and not (o.quantiles and all(0 < q < 1 for q in o.quantiles)): _refuse(o, 'quantiles', 'levels must lie between 0 and 1, without the ends')
+    positions = [str(i) for i in range(len(o.columns))]
+    for key, loss in (o.loss_config or {}).items():
+        if key not in o.columns and key not in positions: _refuse(o, 'loss_config', f"{key} is no target; name {', '.join(o.columns)}, or a position from 0 to {len(o.columns) - 1}")
+        if key in positions and key not in o.columns and o.columns[int(key)] in o.loss_config: _refuse(o, 'loss_config', f'{key} and {o.columns[int(key)]} are one target; name it once')
+        if loss not in loss_type_names or loss == 'quantile': _refuse(o, 'loss_config', f"{loss} is not possible; choose from {', '.join(n for n in loss_type_names if n != 'quantile')}")
+    if o.loss_config and o.loss_type == 'quantile': _refuse(o, 'loss_config', '--loss-type quantile gives every target several outputs; drop one of the two')
+    if 'asymmetric' not in o.loss_types and {'over_penalty', 'under_penalty'} & o.given: raise AamError('--over-penalty and --under-penalty belong to --loss-type asymmetric: add it or leave them out')
+
+def check_scale(o:TargetOptions):
+    "Transform, score and encoder."
+    if (o.target_transform == 'zscore-category') != (o.normalize_by is not None):
+        raise AamError('--target-transform zscore-category and --normalize-by COLUMN go together: give both or neither')
+    if o.best_metric in (('r2', 'mae') if o.classifier else ('accuracy', 'f1')): _refuse(o, 'best_metric', f"not a score of {'classes' if o.classifier else 'regression'}; choose another")
+    if o.freeze_base and o.pretrained_encoder is None: raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
+
+# %% ../nbs/00_config.ipynb #c5cda5ff
+def split_names(text): "Names separated by commas."; return [c.strip() for c in text.split(',') if c.strip()] if text else []
+
+@dataclass
+class CategoryOptions(Options):
+    "Categories"
+    categorical_columns:str=None # metadata columns to condition on, separated by commas
+    categorical_embed_dim:Number(int, 1)=16 # width of a category's vector
+    categorical_fusion:choice(fusion_names)='concat' # how categories join the sample (see --categorical-help)
+    conditional_output_scaling:str=None # of these columns, those whose categories scale and shift the output
+    categorical_lr:Number(float, 0)=None # learning rate of what is learned about categories (without it: --lr)
+
+    @property
+    def columns(self): return split_names(self.categorical_columns)
+    @property
+    def scaling_columns(self): return split_names(self.conditional_output_scaling)
+
+    def check(self):
+        for name in ('columns', 'scaling_columns'):
+            twice = [c for i, c in enumerate(getattr(self, name)) if c in getattr(self, name)[:i]]
+            if twice: raise AamError(f"{option_name('categorical_columns' if name == 'columns' else 'conditional_output_scaling')}: {twice[0]} is named twice; name it once")
+        for column in self.scaling_columns:
+            if column not in self.columns: raise AamError(f"--conditional-output-scaling {column}: not among --categorical-columns ({', '.join(self.columns) or 'none given'}); add it there")
+        unused = {'categorical_embed_dim', 'categorical_fusion', 'categorical_lr'} & self.given
+        if unused and not self.columns: raise AamError(f"{option_name(min(unused))}: does nothing without --categorical-columns; name the columns or leave it out")
+
+# %% ../nbs/00_config.ipynb #c3e157af
+categorical_help = """Categories: metadata columns that tell the model about a sample's circumstances
+
+  aam train --categorical-columns location,season ...
+
+Each value of a column gets a learned vector (--categorical-embed-dim numbers wide), and --categorical-fusion
+says how the vectors join the ASVs of the sample. Missing values, and values that no training sample has, share
+the column's vector for "unknown". It is trained too: one value in ten is hidden at random in training.
+aam predict needs --metadata with the same columns. Numbers are names here: 1 and 1.0 are two categories.
+
+fusion            what it does                                     choose it when
+----------------  -----------------------------------------------  ----------------------------------------------
+concat (default)  states and categories side by side, projected    nothing speaks for another one
+                  back; begins as if there were no categories
+add               categories projected and added to the states     samples are few: it has the fewest weights
+gmu               a learned gate mixes ASVs and categories in      it is unclear which of the two says more;
+                  each dimension                                   gmu/gate_mean in TensorBoard: 1 = ASVs alone
+cross-attention   each ASV weighs the columns for itself, or       a category changes what some ASVs mean;
+                  none of them                                     cross_attn/weight_mean in TensorBoard: 0 = none
+perceiver         a few vectors read categories and ASVs           columns act in combination, and there are
+                  together and are read back by the ASVs           many samples
+
+Does a category mostly shift or stretch the target? Then add
+  --conditional-output-scaling location     a learned scale and shift of the output per category;
+                                            the column must be among --categorical-columns
+
+Do category vectors learn too slowly? They see few samples each:
+  --categorical-lr 1e-3                     a learning rate of their own, beside --lr
+
+On top of a pre-trained encoder (aam pretrain knows no categories):
+  aam train --pretrained-encoder pretrain/checkpoints/best_model.pt --freeze-base \\
+    --categorical-columns location,season ...
+
+Beware of a column that names the groups you want to predict for, such as the subject: new groups are all
+"unknown". And of one that gives the target away: compare with a run without it."""
+
+# %% ../nbs/00_config.ipynb #5bd1ad8f
 @dataclass
 class TrainingOptions(Options):
     "Training"
@@ -181,14 +337,33 @@ class TrainingOptions(Options):
     optimizer:choice(optimizer_names)='adamw' # optimizer
     weight_decay:Number(float, 0)=0.01 # weight decay of weight matrices
     scheduler:choice(scheduler_names)='warmup_cosine' # course of the learning rate
-    warmup_steps:Number(int, 0)=None # optimizer steps of linear warm-up (without it: 5 % of the run)
-    max_grad_norm:Number(float, 0)=1. # gradients are clipped to this norm
+    warmup_steps:Number(int, 0)=None # optimizer steps of warm-up (without it: 5 % of the run; onecycle: 30 %)
+    scheduler_t0:Number(int, 1)=None # cosine_restarts: optimizer steps of the first cycle (without it: a quarter of the run)
+    scheduler_t_mult:Number(int, 1)=2 # cosine_restarts: each cycle is this many times as long as the one before
+    scheduler_eta_min:Number(float, 0)=0. # cosine_restarts, warmup_cosine, onecycle: lowest learning rate
+    scheduler_patience:Number(int, 1)=5 # plateau: epochs without improvement before the rate falls
+    scheduler_factor:Number(float, 0.01, 0.99)=0.5 # plateau: what it falls to, as a share
+    max_grad_norm:Number(float, 0)=1. # gradients are clipped to this norm; 0: not at all
     average_decay:Number(float, 0, 0.99999)=0.99 # decay of the averaged weights that are validated and kept; 0: the latest weights
     gradient_accumulation_steps:Number(int, 1)=1 # batches summed into one optimizer step
     gradient_checkpointing:Flag=True # recompute activations in the backward pass to save memory
     asv_chunk_size:Number(int, 0)=256 # ASVs encoded at a time; 0: all at once
     num_workers:Number(int, 0)=0 # processes that prepare batches
     device:choice(device_names)='auto' # where to compute
+    mixed_precision:choice(precision_names)=None # number format of matrix products (without it: bf16 on a GPU, none on a CPU)
+    tf32:bool=False # let a GPU round fp32 matrix products to TF32 while training
+    compile_model:choice(compile_names)='off' # compile the transformer blocks with torch.compile; auto: on a GPU, where there is a C compiler
+    auto_batch_size:bool=False # choose the batch size by measuring the memory of a real step on the GPU
+
+    def check(self):
+        for name, owners in scheduler_options.items():
+            if name in self.given and self.scheduler not in owners:
+                raise AamError(f"{option_name(name)} {getattr(self, name)}: belongs to --scheduler {' or '.join(owners)}, not {self.scheduler}; leave it out or change the scheduler")
+        if self.scheduler_eta_min > self.lr: raise AamError(f'--scheduler-eta-min {self.scheduler_eta_min}: must not be above --lr {self.lr}')
+
+# which scheduler reads which option
+scheduler_options = dict(scheduler_t0=['cosine_restarts'], scheduler_t_mult=['cosine_restarts'], scheduler_eta_min=['warmup_cosine', 'cosine_restarts', 'onecycle'],
+                         scheduler_patience=['plateau'], scheduler_factor=['plateau'])
 
 preset_names = 'small', 'medium', 'large'
 
@@ -201,11 +376,11 @@ class RunOptions(Options):
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
 
-# %% ../nbs/00_config.ipynb #f8d48c4e
+# %% ../nbs/00_config.ipynb #663448dd
 presets = {
     'small': dict(embedding_dim=64, attention_layers=1, batch_size=16, epochs=60, lr=1e-3, weight_decay=0.05, dropout=0.2, patience=20, gradient_checkpointing=False),
     'medium': dict(embedding_dim=768, attention_heads=6, attention_layers=4, batch_size=2, gradient_accumulation_steps=16),
-    'large': dict(embedding_dim=1152, attention_heads=12, attention_layers=8, batch_size=12, gradient_accumulation_steps=4, warmup_steps=5000, patience=20),
+    'large': dict(embedding_dim=1152, attention_heads=12, attention_layers=8, batch_size=12, gradient_accumulation_steps=4, warmup_steps=5000, scheduler='cosine_restarts', patience=20),
 }
 assert tuple(presets) == preset_names
 
@@ -257,7 +432,7 @@ def build_options(groups, given):
         built[group] = options
     return built
 
-# %% ../nbs/00_config.ipynb #be4bc726
+# %% ../nbs/00_config.ipynb #6ff8caeb
 class _Error(AamError): "argparse's own message."
 
 def command_parser(function, name:str) -> argparse.ArgumentParser:
@@ -275,8 +450,10 @@ def command_parser(function, name:str) -> argparse.ArgumentParser:
             action = by_name[f.name]
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
+        if options is CategoryOptions: group.add_argument('--categorical-help', action='store_true', help='print advice on these options and stop')
     for action in parser._actions:
         if action.dest != 'help': action.default = argparse.SUPPRESS
+        if action.type in parsers: action.type = str # parsed where the option's name is known
         if action.choices and not action.metavar: action.metavar = '{' + ','.join(map(str, action.choices)) + '}'
     return parser
 
@@ -290,7 +467,7 @@ def parse_command(function, argv:list[str], name:str) -> dict:
             raise AamError(f'{flag}: no such option of {name}; did you mean {nearest(flag, flags)[0]}?')
     values, unknown = parser.parse_known_args(argv)
     if unknown: raise AamError(f"{' '.join(unknown)}: not understood (see {name} --help)")
-    return {k: v for k, v in vars(values).items() if k != 'debug'} # which `main` looks for
+    return {k: v for k, v in vars(values).items() if k not in ('debug', 'categorical_help')} # which `main` looks for
 
 # %% ../nbs/00_config.ipynb #c4c2783f
 def _value_words(kind, meta) -> str:

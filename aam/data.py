@@ -7,17 +7,17 @@ __all__ = ['Batch', 'bucket', 'Draw', 'stack_rows', 'hide_asvs', 'SampleData', '
            'draws_to_csr', 'pair_distances', 'nucleotide_task', 'compact', 'make_batch', 'candidate_tensors',
            'add_nucleotides', 'Plan', 'loader', 'all_distances']
 
-# %% ../nbs/06_data.ipynb #7e3f248c
+# %% ../nbs/06_data.ipynb #690102b3
 import numpy as np
 import torch
 from dataclasses import dataclass, fields, replace
 from torch.utils.data import DataLoader
 
 from .table import Table, choose_asvs, draw_rng, relative_abundance, target_draw, unifrac_draw
-from .tokens import counter_hash, decode_tokens, encode_sequences, kmer_ids, mask_id, random_masks, sequence_keys, unknown_id
-from .unifrac import Branches, Distances, branch_presence, unweighted_unifrac
+from .tokens import counter_hash, decode_tokens, encode_sequences, kmer_ids, mask_id, mask_strategies, sequence_keys, unknown_id
+from .unifrac import Branches, Distances, unifrac_distances
 
-# %% ../nbs/06_data.ipynb #b999acb0
+# %% ../nbs/06_data.ipynb #59d267af
 @dataclass
 class Batch:
     "Distinct ASVs, the rows that index them, and what the tasks need."
@@ -33,6 +33,7 @@ class Batch:
     abundance:torch.Tensor # log1p(1e4 p)/log1p(1e4), 0 for padding, (R, S)
     identity:torch.Tensor=None # number of each distinct ASV among those known to a linear path, 0 if unknown, (U,)
     offset:torch.Tensor=None # out-of-fold outputs of that path, for training, (B, O)
+    categories:torch.Tensor=None # value of each categorical column, 0 unknown, (B, C)
     target:torch.Tensor=None # targets on the learnt scale (B, O), NaN missing; or classes (B,), -1 missing
     unifrac:torch.Tensor=None # distances of the UniFrac view (B, B), NaN where a pair does not count
     candidates:torch.Tensor=None # ASVs asked about in the count view, (B, C)
@@ -45,6 +46,11 @@ class Batch:
     states:object=None # kept sample states of a frozen encoder, in place of all above
 
     def __len__(self): return len(self.sample_ids)
+
+    @property
+    def asvs_read(self) -> int:
+        "Slots of all rows that hold an ASV."
+        return int((self.mask if self.states is None else self.states.mask).sum())
 
     def rows(self, view:str) -> slice:
         "The rows of `view`."
@@ -105,7 +111,7 @@ def hide_asvs(
     present = np.repeat([1., 0.], [len(secret.asvs), len(impostors)])
     return visible, np.concatenate([secret.asvs, impostors]), present, np.concatenate([ratios, np.full(len(impostors), np.nan)])
 
-# %% ../nbs/06_data.ipynb #acfe2584
+# %% ../nbs/06_data.ipynb #864b40ff
 @dataclass
 class SampleData:
     "A table with tokens, distances and targets, from which batches are made."
@@ -121,7 +127,10 @@ class SampleData:
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
     identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
     offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
+    categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
+    unifrac_metric:str='unweighted' # of the distances from the tree, or in the matrix
     nuc_mask_ratio:float=0.15
+    nuc_mask_strategy:str='random' # key of `mask_strategies`
     nuc_share:float=0.1 # share of the distinct ASVs that the nucleotide task copies and masks
     mask_in_place:bool=False # mask the bases that all tasks see (to show why not to)
     pad_to_buckets:bool=False
@@ -163,7 +172,7 @@ def draw_views(data:SampleData, samples, views, epoch:int, training:bool) -> dic
     base = 'target' if 'target' in views else 'unifrac' if 'unifrac' in views else 'target'
     return {v: [view_draw(data, v, i, epoch, training) for i in samples] for v in {base, *views} - {'count'}} | {'base': base}
 
-# %% ../nbs/06_data.ipynb #043a41e9
+# %% ../nbs/06_data.ipynb #cf0b75e1
 def draws_to_csr(draws, asvs:int):
     "Draws as a sparse table (B, A)."
     from scipy.sparse import csr_matrix
@@ -174,24 +183,24 @@ def pair_distances(data:SampleData, samples, draws) -> np.ndarray: # (B, B)
     "Distances between `samples`; NaN on the diagonal and where a sample has too few reads."
     samples = np.asarray(samples)
     if data.distances is not None: d = data.distances.matrix[np.ix_(samples, samples)].astype(np.float32)
-    else: d = unweighted_unifrac(branch_presence(draws_to_csr(draws, len(data.table.sequences)), data.branches), data.branches.lengths)
+    else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric)
     shallow = data.table.reads[samples] < data.depth
     d = np.where(shallow[:, None] | shallow[None], np.nan, d).astype(np.float32)
     np.fill_diagonal(d, np.nan)
     return d
 
-# %% ../nbs/06_data.ipynb #467e7216
+# %% ../nbs/06_data.ipynb #83d4bd42
 def nucleotide_task(data:SampleData, rows:np.ndarray, step:int):
     "Masked copies of some token rows: which ones (M,), the copies (M, L), flat masked positions, true bases."
     tokens, keys = data.tokens[rows], data.keys[rows]
     lots = counter_hash(data.seed, step, keys)
     chosen = (lots <= np.uint64(data.nuc_share * 2**63) * np.uint64(2)) | (lots == lots.min()) | data.mask_in_place
     tokens, keys = tokens[chosen], keys[chosen]
-    masks = random_masks(tokens, data.nuc_mask_ratio, keys, data.seed, step) & (tokens < unknown_id)
+    masks = mask_strategies[data.nuc_mask_strategy](tokens, data.nuc_mask_ratio, keys, data.seed, step) & (tokens < unknown_id)
     positions = np.flatnonzero(masks)
     return chosen, np.where(masks, mask_id, tokens).astype(np.uint8), positions, tokens.reshape(-1)[positions].astype(np.int64) - 1
 
-# %% ../nbs/06_data.ipynb #2d1b1449
+# %% ../nbs/06_data.ipynb #4e5dd4d4
 def compact(indices:np.ndarray, size:int, pad:bool):
     "Distinct `indices`, padded to a bucket if asked, the weights that tell padding, and a map from old to new."
     distinct = np.unique(indices)
@@ -229,6 +238,7 @@ def make_batch(
     tokens = data.tokens[rows]
     if nucleotides: tokens, extra = add_nucleotides(data, tokens, rows[row_weight > 0], step, extra)
     if data.target is not None: extra['target'] = torch.from_numpy(data.target[np.asarray(samples)])
+    if data.categories is not None: extra['categories'] = torch.from_numpy(data.categories[np.asarray(samples)])
     if data.identity is not None: extra['identity'] = torch.from_numpy(data.identity[asvs])
     if data.offset is not None and training: extra['offset'] = torch.from_numpy(data.offset[np.asarray(samples)])
     return Batch(ids, tuple(views), bool((tokens == 0).any()), *map(torch.from_numpy, (tokens, new_row[data.token_row[asvs]], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), **extra)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Inputs', 'read_inputs', 'drop_shallow', 'class_losses', 'warn_of_limit', 'read_split', 'sample_data']
 
-# %% ../nbs/07_inputs.ipynb #f4c01580
+# %% ../nbs/07_inputs.ipynb #61d1366d
 import logging
 import numpy as np
 import pandas as pd
@@ -15,12 +15,12 @@ from pathlib import Path
 from .config import AamError, EncoderOptions, InputOptions, SplitOptions
 from .data import SampleData
 from .metadata import get_column, join_ids, read_ids, read_metadata, split_samples
-from .table import Table, default_depth, read_table
+from .table import Table, default_depth, read_sequences, read_table, table_paths
 from .unifrac import Branches, Distances, read_distances, read_tree
 
 log = logging.getLogger('aam')
 
-# %% ../nbs/07_inputs.ipynb #8ff2aaac
+# %% ../nbs/07_inputs.ipynb #e7c9e4d5
 @dataclass
 class Inputs:
     "Samples of a table with their metadata and distances, in the order of their IDs."
@@ -30,7 +30,7 @@ class Inputs:
     branches:Branches=None # of the tree
     distances:Distances=None # of the matrix
     dropped:dict=field(default_factory=dict) # reason by sample ID
-    steps:list=field(default_factory=list) # after each loss: the reason; samples, ASVs and reads left
+    steps:list=field(default_factory=list) # after each loss: the reason, and the samples and ASVs left
 
     @property
     def sample_ids(self): return self.table.sample_ids
@@ -47,25 +47,27 @@ class Inputs:
         if self.frame is not None: self.frame = self.frame.loc[self.sample_ids]
         self.steps.append((reason, *self.size()))
 
-    def size(self) -> tuple[int, int, int]:
-        "Samples, ASVs with reads in them, and reads."
-        return len(self.table), len(np.unique(self.table.counts.indices)), int(self.table.reads.sum())
+    def size(self) -> tuple[int, int]:
+        "Samples, and ASVs with reads in them."
+        return len(self.table), len(np.unique(self.table.counts.indices))
 
     def write_dropped(self, path:Path):
         "Writes `dropped_samples.tsv`."
         pd.DataFrame(self.dropped.items(), columns=['sample_id', 'reason']).to_csv(path, sep='\t', index=False)
 
-# %% ../nbs/07_inputs.ipynb #40edcd38
+# %% ../nbs/07_inputs.ipynb #b259de29
 def read_inputs(options:InputOptions, metadata:Path=None, class_column:str=None) -> Inputs:
     "Reads and joins what the options name; with `class_column`, says what a depth costs each class."
-    for name in 'table', 'unifrac_matrix', 'tree': # before anything slow
+    for name in 'table', 'sequences', 'unifrac_matrix', 'tree': # before anything slow
         path = getattr(options, name)
-        if path is not None and not path.is_file(): raise AamError(f"--{name.replace('_', '-')} {path}: no such file")
-    table = read_table(options.table)
+        for file in [] if path is None else table_paths(path) if name == 'table' else [path]:
+            if not file.is_file(): raise AamError(f"--{name.replace('_', '-')} {file}: no such file")
+    sequence_of = None if options.sequences is None else read_sequences(options.sequences)
+    table = read_table(options.table, sequence_of)
     log.info(f'{options.table}: {table}')
     frame = None if metadata is None else read_metadata(metadata)
     distances = None if options.unifrac_matrix is None else read_distances(options.unifrac_matrix, table.sample_ids)
-    branches = None if options.tree is None else read_tree(options.tree, table.sequences)
+    branches = None if options.tree is None else read_tree(options.tree, table.sequences, sequence_of)
     depth = options.rarefy_depth or default_depth(table.reads)
     shared = join_ids(table=table.sample_ids, **({} if frame is None else dict(metadata=list(frame.index))))
     inputs = Inputs(table.select(sorted(table.sample_ids)), depth, None, branches, distances)

@@ -36,10 +36,11 @@ def progress_bar(total:int, description:str, initial:int=0):
     "A tqdm bar that keeps out of log files."
     return tqdm(total=total, desc=description, initial=initial, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() or IN_NOTEBOOK))
 
-# %% ../nbs/25_monitor.ipynb #ee448651
+# %% ../nbs/25_monitor.ipynb #d886d59b
 tags = {'total': 'train/total_loss', 'target': 'train/target_loss', 'unifrac': 'train/unifrac_loss', 'nuc': 'train/nuc_loss', 'count': 'train/count_loss',
         'nuc_accuracy': 'train/nuc_accuracy', 'lr': 'train/learning_rate', 'grad_norm': 'train/gradient_norm',
-        'samples_per_second': 'train/samples_per_second', 'asvs_per_second': 'train/asvs_per_second'}
+        'samples_per_second': 'train/samples_per_second', 'asvs_per_second': 'train/asvs_per_second',
+        **{tag: tag for tag in ('gmu/gate_mean', 'cross_attn/weight_mean')}}
 
 class Record:
     "TensorBoard curves and `metrics.jsonl` of a run."
@@ -52,7 +53,7 @@ class Record:
 
     def step(self, values:dict, step:int):
         "Training values, by our names."
-        for name, value in values.items(): self.writer.add_scalar(tags[name], value, step)
+        for name, value in values.items(): self.writer.add_scalar(name if '/' in name else tags[name], value, step)
 
     def epoch(self, values:dict, epoch:int, step:int):
         "One line, and the validation scores as curves."
@@ -62,14 +63,18 @@ class Record:
             if name.startswith('val_') and value is not None: self.writer.add_scalar('val/' + name.removeprefix('val_'), value, step)
         self.writer.flush()
 
-    def figure(self, name, figure, step): self.writer.add_figure(name, figure, step)
+    def figure(self, name:str, figure, step:int):
+        "An image."
+        self.writer.add_figure(name, figure, step, close=False)
+        self.writer.flush()
+
     def close(self): self.writer.close()
 
 def read_metrics(folder:Path) -> list[dict]:
     "The lines of `metrics.jsonl`."
     return [json.loads(line) for line in (Path(folder)/'metrics.jsonl').read_text().splitlines()]
 
-# %% ../nbs/25_monitor.ipynb #0ac83513
+# %% ../nbs/25_monitor.ipynb #ff6902df
 class Meter:
     "Sums of losses, samples and ASVs since the last reading."
     def __init__(self): self.reset()
@@ -88,7 +93,7 @@ class Meter:
 
     def means(self) -> dict:
         "Mean losses; waits for the GPU."
-        return {name: float(t)/max(int(n), 1) for name, (t, n) in self.sums.items()}
+        return {name: float(t)/(float(n) or 1.) for name, (t, n) in self.sums.items()}
 
     def speed(self) -> dict:
         seconds = max(time.perf_counter() - self.start, 1e-9)

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from .config import AamError, Number, Options, Required, choice, command, device_names
 
-# %% ../nbs/32_predict.ipynb #b2a73d34
+# %% ../nbs/32_predict.ipynb #6df49988
 @dataclass
 class PredictOptions(Options):
     "Prediction"
     model:Required=None # best_model.pt of a train run
-    table:Required=None # BIOM table of the samples to predict
+    table:Required=None # BIOM table or .qza of the samples to predict; several files separated by commas
+    sequences:Path=None # FASTA or .qza with the sequence of each observation ID, as for train
     output:Required=None # file to write, tab separated
     metadata:Path=None # table of sample metadata, where the model uses categories
+    prediction_passes:Number(int, 1)=None # rarefactions whose predictions are averaged (without it: as many as in training, --val-prediction-passes)
+    output_variance:bool=False # write the variance of predictions between these rarefactions, too
     batch_size:Number(int, 1)=8 # samples in a batch
     device:choice(device_names)='auto' # where to compute
     overwrite:bool=False # replace --output
@@ -32,7 +35,7 @@ def flag_samples(table, depth:int) -> dict:
         elif n < depth: flags[sample_id] = f'{n} reads, fewer than the {depth} of training'
     return flags
 
-# %% ../nbs/32_predict.ipynb #50fc9a92
+# %% ../nbs/32_predict.ipynb #24ac0e56
 @command
 def predict(predict:PredictOptions):
     "Predicts new samples in original units."
@@ -44,20 +47,21 @@ def predict(predict:PredictOptions):
     from aam.monitor import progress_bar
     from aam.run import Run, start_messages
     from aam.session import pick_device
-    from aam.table import read_table
+    from aam.table import read_sequences, read_table
     start_messages()
     log, o = logging.getLogger('aam'), predict
     if o.output.exists() and not o.overwrite: raise AamError(f'--output {o.output}: exists; give another name or --overwrite')
     if not o.output.parent.is_dir(): raise AamError(f'--output {o.output}: the folder {o.output.parent} does not exist')
     predictor = load_predictor(load_checkpoint(o.model, kinds=('train',)))
-    column = predictor.target.normalize_by
-    if column and o.metadata is None: raise AamError(f'--metadata is needed: this model reads the column {column}')
-    table = read_table(o.table)
-    frame = read_metadata(o.metadata) if o.metadata and column else None
+    passes = o.prediction_passes or predictor.passes
+    if o.output_variance and passes < 2: raise AamError(f'--output-variance: {passes} pass has no variance; give --prediction-passes of at least 2')
+    predictor.require(o.metadata)
+    table = read_table(o.table, read_sequences(o.sequences) if o.sequences else None)
+    frame = read_metadata(o.metadata) if o.metadata and predictor.metadata_columns else None
     flags = flag_samples(table, predictor.reading['depth'])
     with progress_bar(len(table), 'predicting') as bar:
-        predicted = predictor.predict(table, frame, batch_size=o.batch_size, device=pick_device(o.device), progress=bar)
-    result = prediction_frame(predictor.target, table.sample_ids, predicted)
+        predicted, variance = predictor.predict_with_variance(table, frame, batch_size=o.batch_size, device=pick_device(o.device), passes=passes, progress=bar)
+    result = prediction_frame(predictor.target, table.sample_ids, predicted, variance=variance if o.output_variance else None)
     part = o.output.with_name(o.output.name + '.part')
     result.to_csv(part, sep='\t', index=False); part.replace(o.output)
     log.info(f"{len(result)} samples predicted ({', '.join(predictor.target.columns)}): {o.output}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .config import AamError, EncoderOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TrainingOptions, command
 
-# %% ../nbs/30_pretrain.ipynb #410e8717
+# %% ../nbs/30_pretrain.ipynb #de09aea3
 @command
 def pretrain(
     input:InputOptions,
@@ -24,7 +24,7 @@ def pretrain(
     "Pre-trains an encoder on UniFrac distances, masked nucleotides and hidden counts."
     import logging, torch
     from aam.data import Plan
-    from aam.figures import predicted_unifrac, save_figure
+    from aam.figures import predicted_unifrac
     from aam.inputs import read_inputs, sample_data
     from aam.losses import Objective
     from aam.predictor import Model
@@ -40,7 +40,7 @@ def pretrain(
         raise AamError('--tree or --unifrac-matrix is needed for UniFrac distances (or --penalty 0 to learn without)')
     inputs = read_inputs(input, metadata)
     parts = session.split(inputs)
-    data = sample_data(inputs, input, encoder, run.seed, nuc_mask_ratio=loss.nuc_mask_ratio, pad_to_buckets=session.device == 'cuda')
+    data = sample_data(inputs, input, encoder, run.seed, unifrac_metric=encoder.unifrac_metric, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy, pad_to_buckets=session.device == 'cuda')
     fit, stop = ([data.position[s] for s in ids] for ids in (parts.fit, parts.stop))
     data.set_prevalence(parts.fit)
     units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in weights else 1., count_deviation=count_deviation(data, fit))
@@ -55,13 +55,14 @@ def pretrain(
     objective = Objective(weights, **units)
     session.fit(model, objective, *plans, 'pretrain', score)
 
-    v = validate(model, plans[1], objective, session.device, full_precision=True)
+    v = validate(model, plans[1], objective, session.device)
     scores = {'val_loss': v.means['total'], **score(v)}
     if 'nuc' in weights: scores['nuc_majority_accuracy'] = majority_accuracy(data, fit, plans[1])
     if distances: scores['unifrac_reachable_r2'] = reachable(data, inputs, stop)
     report(log, scores)
     session.folder.write_json('scores.json', dict(validation=scores | {'note': 'selected on these samples'}))
-    if distances: save_figure(predicted_unifrac(distances.true, distances.predicted(model, v), {k.removeprefix('unifrac_'): x for k, x in scores.items()}), session.folder/'plots'/'unifrac.png')
+    if distances: session.figure('unifrac', predicted_unifrac(distances.true, distances.predicted(model, v), {k.removeprefix('unifrac_'): x for k, x in scores.items()}))
+    session.record.close()
     return Run(session.folder.path, dict(validation=scores), dict(best_model=session.folder.best, last=session.folder.last, plots=session.folder/'plots'), model)
 
 # %% ../nbs/30_pretrain.ipynb #b586eee7

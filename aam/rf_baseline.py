@@ -39,11 +39,12 @@ class ForestOptions(Options):
         parse_max_features(self.max_features)
         if self.n_jobs == 0: raise AamError('--n-jobs 0: must be -1 (all cores) or at least 1')
 
-# %% ../nbs/33_rf_baseline.ipynb #9f22541b
+# %% ../nbs/33_rf_baseline.ipynb #61505727
 @dataclass
 class BaselineOptions(Options):
     "Input and output"
-    table:Required=None # BIOM table, samples x ASVs; observation IDs are the DNA sequences
+    table:Required=None # BIOM table or .qza, samples x ASVs; observation IDs are the DNA sequences, or see --sequences; several files separated by commas
+    sequences:Path=None # FASTA or .qza with the sequence of each observation ID, as for train
     metadata:Required=None # table of sample metadata, tab separated, sample IDs in its first column
     metadata_column:RequiredText=None # column to predict, or several separated by commas (regression)
     output:Required=None # file for the predictions, tab separated; plots and dropped samples are written beside it
@@ -61,7 +62,7 @@ class BaselineOptions(Options):
             raise AamError(f'--metadata-column {self.metadata_column}: --classifier predicts one column, give one')
         if self.output.suffix == '.png': raise AamError(f'--output {self.output}: is where the predictions go; call it .tsv, the plot is written beside it')
 
-# %% ../nbs/33_rf_baseline.ipynb #77eb1e98
+# %% ../nbs/33_rf_baseline.ipynb #4c1f61bf
 def output_paths(options:BaselineOptions) -> dict[str, Path]:
     "The files that a run may write, by what they hold."
     beside = lambda ending: options.output.parent / (options.output.stem + ending)
@@ -71,7 +72,8 @@ def output_paths(options:BaselineOptions) -> dict[str, Path]:
 
 def check_output(options:BaselineOptions, paths:dict[str, Path]):
     "Raises an `AamError` if writing would destroy something."
-    inputs = {options.table.resolve(), options.metadata.resolve()}
+    from aam.table import table_paths
+    inputs = {p.resolve() for p in [*table_paths(options.table), options.metadata, options.sequences] if p}
     for path in paths.values():
         if path.is_dir(): raise AamError(f'--output {options.output}: {path} is a folder; give a file')
         if path.resolve() in inputs: raise AamError(f'--output {options.output}: would replace the input {path}; give another file')
@@ -207,7 +209,7 @@ def write_results(paths:dict[str, Path], predictions, figures:list, inputs) -> d
     if inputs.dropped: inputs.write_dropped(paths['dropped'])
     return {name: path for name, path in paths.items() if path.exists()}
 
-# %% ../nbs/33_rf_baseline.ipynb #fc379b40
+# %% ../nbs/33_rf_baseline.ipynb #4e7f62dd
 @command
 def rf_baseline(options:BaselineOptions, split:SplitOptions, forest:ForestOptions) -> BaselineResult:
     "Fits a Random Forest on the samples that aam fits on, and scores it on those that aam is scored on."
@@ -219,7 +221,7 @@ def rf_baseline(options:BaselineOptions, split:SplitOptions, forest:ForestOption
     paths = output_paths(options)
     check_output(options, paths)
     # a forest reads all ASVs: the limit is set out of reach
-    inputs = read_inputs(InputOptions(table=options.table, rarefy_depth=options.rarefy_depth, rarefy_seed=options.rarefy_seed, token_limit=2**31), options.metadata)
+    inputs = read_inputs(InputOptions(table=options.table, sequences=options.sequences, rarefy_depth=options.rarefy_depth, rarefy_seed=options.rarefy_seed, token_limit=2**31), options.metadata)
     target = read_classes_or_numbers(options, inputs)
     parts = read_split(split, inputs, options.seed, get_column(inputs.frame, target.columns[0]) if target.classes else None)
     held_ids, predicted, actual = _fit_and_predict(options, forest, inputs, parts, target)

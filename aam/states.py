@@ -23,7 +23,7 @@ def split_states(states:SampleStates) -> list[SampleStates]:
     lengths = states.mask.sum(1).tolist()
     return [SampleStates(states.states[i:i+1, :n], states.mask[i:i+1, :n], states.abundance[i:i+1, :n], states.sums[i:i+1], states.identity[i:i+1, :n]) for i, n in enumerate(lengths)]
 
-# %% ../nbs/15_states.ipynb #847a43db
+# %% ../nbs/15_states.ipynb #a54c19e5
 class KeptStates:
     "The batches of `plan`, their target view already encoded by a frozen `model`."
     @torch.no_grad()
@@ -44,5 +44,6 @@ class KeptStates:
         samples = self.plan.order(epoch)[k*self.plan.batch_size:(k + 1)*self.plan.batch_size]
         data, none = self.data, [None]*7
         target = None if data.target is None else torch.from_numpy(data.target[samples])
+        categories = None if data.categories is None else torch.from_numpy(data.categories[samples])
         offset = torch.from_numpy(data.offset[samples]) if data.offset is not None and self.training else None
-        return Batch([data.table.sample_ids[i] for i in samples], ('target',), False, *none, target=target, offset=offset, states=stack_states([self.states[i] for i in samples]))
+        return Batch([data.table.sample_ids[i] for i in samples], ('target',), False, *none, target=target, categories=categories, offset=offset, states=stack_states([self.states[i] for i in samples]))

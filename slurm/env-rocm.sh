@@ -16,7 +16,7 @@ ROCM_MODULE=${ROCM_MODULE-rocm/6.3.0}
 TORCH=${TORCH:-2.9.1}
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/rocm6.4}
 
-if [ -n "$ROCM_MODULE" ]; then module load "$ROCM_MODULE"; fi
+if [ -n "$ROCM_MODULE" ]; then set +u; module load "$ROCM_MODULE"; set -u; fi
 mamba create --yes --prefix "$AAM_ENV" python=3.11
 "$AAM_ENV/bin/pip" install "torch==$TORCH" --index-url "$TORCH_INDEX"
 

@@ -70,5 +70,12 @@ def test_sidebar_lists_every_notebook_in_order():
             else: yield from entries(entry["contents"])
 
     listed = list(entries(yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]))
-    assert listed[0] == "index.ipynb" and listed[1:] == sorted(listed[1:])
-    assert [path.name for path in notebooks if path.name not in listed] == [], "add to the sidebar in _quarto.yml"
+    modules = [name for name in listed if re.match(r"\d", name)]
+    assert listed[0] == "index.ipynb" and modules == sorted(modules) and listed[-len(modules):] == modules, "pages first, then modules by number"
+    there = [path.relative_to(root / "nbs").as_posix() for path in notebooks]
+    assert sorted(listed) == sorted(there), "name each notebook once in the sidebar in _quarto.yml"
+
+
+def test_tutorials_have_no_numbers_and_export_nothing():
+    for path in (root / "nbs/tutorials").glob("*.ipynb"):
+        assert path not in numbered and not any(re.search(r"^#\|\s*(export|default_exp)", source, re.M) for source in cells(path, "code"))

@@ -1,6 +1,7 @@
 "What is written in two places says the same thing in both."
 import configparser
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def test_ci_runs_what_readme_shows():
 def test_readme_shows_options_that_exist():
     pytest.importorskip("aam.cli")
     text = (root / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    shown = [line.split() for line in re.findall(r"^aam .*", text, re.M)]
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+    shown = [line.split() for line in re.findall(r"^aam .*", blocks, re.M)]
     assert {words[1] for words in shown} >= {"pretrain", "train", "predict", "rf-baseline"}
     for words in shown:
         page = subprocess.run([sys.executable, "-m", "aam.cli", words[1], "--help"], capture_output=True, text=True, check=True).stdout
@@ -89,3 +91,32 @@ def test_quarto_configuration_is_one_file():
     link = root / "nbs/_quarto.yml"
     assert link.is_symlink() and link.readlink() == Path("../_quarto.yml")
     assert (root / "nbs/styles.css").exists()
+
+
+@pytest.mark.parametrize("path", sorted((root / "slurm").iterdir()), ids=lambda path: path.name)
+def test_cluster_scripts_are_sound(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in text
+    headers = [i for i, line in enumerate(text.splitlines()) if line.startswith("#SBATCH")]
+    assert headers == list(range(1, len(headers) + 1)), "SLURM reads no header after the first command"
+    assert bool(headers) == (path.suffix == ".sbatch")
+
+
+@pytest.mark.parametrize("given, wanted", [
+    (dict(TREE="a tree.nwk"), ["--tree", "a tree.nwk"]),
+    (dict(UNIFRAC="u.h5", ENCODER="e.pt", OPTIONS="--preset small --lr 1e-3"), ["--unifrac-matrix", "u.h5", "--pretrained-encoder", "e.pt", "--preset", "small", "--lr", "1e-3"]),
+])
+def test_batch_script_hands_its_variables_on(tmp_path, given, wanted):
+    from aam.cli import load_command
+    from aam.config import parse_command
+
+    stub = tmp_path / "srun"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path), "MODULES": "", "TABLE": "t.biom", "METADATA": "m.tsv", "COLUMN": "age", "OUT": "runs/age", **given}
+    said = subprocess.run(["bash", root / "slurm/train.sbatch"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[:2] == ["aam", "train"] and said[-len(wanted):] == wanted
+    assert parse_command(load_command("train"), said[2:], "aam train")["metadata_column"] == "age"
+    del env["TABLE"]
+    assert subprocess.run(["bash", root / "slurm/train.sbatch"], env=env, capture_output=True).returncode != 0

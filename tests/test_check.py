@@ -1,0 +1,246 @@
+"What `aam check` says of each bad input, word for word, and its exit code."
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aam.cli import main
+from aam.diagnosis import primers, reverse_complement
+from aam.table import make_table, read_table, write_table
+from aam.unifrac import Distances, read_distances, write_distances
+
+mouse = Path(__file__).parents[2]/'shared/data/mouse_age'
+tiny = '--embedding-dim', '16', '--attention-layers', '1', '--kmer-dim', '8'
+v4_start = 'TACGGAGGGTGCAAGCGTTAATCGGAATTACTGGGCGTAAAG'
+
+
+@pytest.fixture(scope='module')
+def v4(survey, tmp_path_factory):
+    "The survey with sequences that begin as V4 reads do, and files with one mistake each."
+    folder = tmp_path_factory.mktemp('v4')
+    table = read_table(survey/'table.biom')
+    reads = [v4_start + s[:60] for s in table.sequences]
+    ids = table.sample_ids
+
+    def write(name, sequences): write_table(make_table(table.counts, ids, sequences), folder/name)
+    write('table.biom', reads)
+    write('turned.biom', map_all(reverse_complement, reads))
+    write('half.biom', [reverse_complement(s) if i % 2 else s for i, s in enumerate(reads)])
+    write('primer.biom', ['GTGCCAGCAGCCGCGGTAA' + s for s in reads])
+    write('both_primers.biom', ['GTGTCAGCCGCCGCGGTAA' + s + reverse_complement('GGACTACCAGGGTATCTAAT') for s in reads])
+    write('from_806R.biom', ['GGACTACCAGGGTATCTAAT' + reverse_complement(s) for s in reads])
+    write('27F.biom', ['AGAGTTTGATCATGGCTCAG' + 'GATGAACGCTGGCGGCGTGC' + s[45:] for s in reads])
+    write('341F.biom', ['CCTACGGGAGGCTGCAG' + 'TGGGGAATATTGCACAATGG' + s[45:] for s in reads])
+    write('two_regions.biom', ['TGGGGAATATTGCACAATGG' + s[45:] if i % 2 else s for i, s in enumerate(reads)])
+
+    distances = read_distances(survey/'unifrac.h5')
+    matrix, n = distances.align(ids), len(ids)
+
+    def save(name, order): np.save(folder/name, matrix[np.ix_(order, order)])
+    save('honest.npy', np.arange(n))
+    save('permuted.npy', np.random.default_rng(1).permutation(n))
+    save('sorted.npy', np.argsort(ids))
+    part = np.arange(n)
+    part[:16] = np.random.default_rng(2).permutation(16)
+    save('partly.npy', part)
+    order = np.random.default_rng(1).permutation(n)
+    write_distances(Distances(ids, matrix[np.ix_(order, order)]), folder/'permuted.h5')
+
+    frame = pd.read_csv(survey/'metadata.tsv', sep='\t', dtype=str, keep_default_na=False, index_col=0)
+    known = pd.to_numeric(frame.soil_ph).fillna(6)
+    frame['prep_plate'] = pd.qcut(known, 4, labels=list('abcd')).astype(str)
+    frame['robot'] = frame.prep_plate
+    frame['lane'] = [f'lane{i}' for i in range(len(frame))]
+    frame['same'] = '7'
+    frame['three'] = [str(i % 3) for i in range(len(frame))]
+    frame['of_subject'] = frame.groupby('subject_id').ngroup().astype(str)
+    frame['of_some'] = [v if int(v) < 6 else str(100 + i) for i, v in enumerate(frame.of_subject)]
+    frame['rare'] = ['odd'] * 4 + ['even'] * (len(frame) - 4)
+    frame['own_group'] = ['a' if h == 'forest' else 'b' for h in frame.habitat]
+    frame.to_csv(folder/'metadata.tsv', sep='\t')
+    frame[5:].to_csv(folder/'fewer.tsv', sep='\t')
+    first = sorted(frame.index)
+    (folder/'fit.txt').write_text('\n'.join(first[:30]))
+    (folder/'val.txt').write_text('\n'.join(first[30:]))
+    return folder
+
+
+def map_all(function, items): return [function(item) for item in items]
+
+
+@pytest.fixture
+def check(v4, capsys):
+    "Runs the command; returns the exit code and the lines of findings, or the line of an error."
+    def run(*words, table='table.biom', meta='metadata.tsv', json_wanted=False):
+        typed = ['check', '--table', v4/table, *(['--metadata', v4/meta] if meta else []), *words, *tiny, '--device', 'cpu', *(['--json'] if json_wanted else [])]
+        capsys.readouterr()
+        code = main([str(word) for word in typed])
+        out, err = capsys.readouterr()
+        if json_wanted: return code, json.loads(out)
+        assert (err == '') == (code != 2), err
+        return code, re.findall('^(?:note|warning|error): .*', out, re.M) if code != 2 else err.strip()
+    return run
+
+
+grouped = '--group-column', 'subject_id'
+
+
+def test_good_inputs(check, survey):
+    code, lines = check('--unifrac-matrix', survey/'unifrac.h5', '--metadata-column', 'soil_ph', *grouped, meta='metadata.tsv')
+    assert code == 0 and len(lines) == 1 and lines[0].startswith('warning: prep_plate predicts soil_ph: ') # which it was made to do
+    assert check(meta=None) == (0, [])
+
+
+@pytest.mark.parametrize('table,expected', [
+    ('primer.biom', [f"warning: primer 515F ({primers['515F']}) is still in 100.0 % of the reads: trim it (cutadapt) and denoise again; other tables will not match this one"]),
+    ('27F.biom', [f"warning: primer 27F ({primers['27F']}) is still in 100.0 % of the reads: trim it (cutadapt) and denoise again; other tables will not match this one"]),
+    ('341F.biom', [f"warning: primer 341F ({primers['341F']}) is still in 100.0 % of the reads: trim it (cutadapt) and denoise again; other tables will not match this one"]),
+    ('both_primers.biom', [f"warning: primer {name} ({primers[name]}) is still in 100.0 % of the reads: trim it (cutadapt) and denoise again; other tables will not match this one" for name in ('515F', '806R')]),
+    ('from_806R.biom', [f"warning: primer 806R ({primers['806R']}) is still in 100.0 % of the reads: trim it (cutadapt) and denoise again; other tables will not match this one",
+                        'warning: the sequences are reverse complements: turn them round; tables in the usual orientation will not match this one']),
+    ('turned.biom', ['warning: the sequences are reverse complements: turn them round; tables in the usual orientation will not match this one']),
+])
+def test_sequences(check, table, expected):
+    assert check(table=table, meta=None) == (0, expected)
+
+
+def test_mixed_sequences(check, survey):
+    code, (line,) = check(table='half.biom', meta=None)
+    assert code == 0 and re.fullmatch(r'warning: \d\d\.\d % of the reads are reverse complements, the others are not: turn them round; an organism now counts as two ASVs', line)
+    code, (line,) = check(table='two_regions.biom', meta=None)
+    assert code == 0 and re.fullmatch(r'warning: reads of several regions in one table \((V4|V3-V4) \d\d\.\d %, (V4|V3-V4) \d\d\.\d %\): an organism counts as several ASVs; train on one region', line)
+    code, (line,) = check(table=survey/'table.biom', meta=None)
+    assert (code, line) == (0, 'note: 100.0 % of the reads begin like none of V4, V3-V4, V1-V2; region and orientation of these were not checked')
+
+
+def test_limits(check):
+    code, (line,) = check('--max-bp', 42, meta=None)
+    assert code == 0 and re.fullmatch(r'note: 53 of 53 ASVs \(100\.0 % of the reads\) differ only behind --max-bp 42: the nucleotide stack sees them alike; --max-bp \d+ tells all apart', line)
+    code, (line,) = check('--token-limit', 10, meta=None)
+    assert code == 0 and re.fullmatch(r"warning: 48 samples have more than --token-limit 10 ASVs: 'first' ignores \d\d\.\d % of their reads, --asv-sampling abundance would ignore the rarest", line)
+    code, found = check('--token-limit', 10, '--asv-sampling', 'abundance', meta=None, json_wanted=True)
+    assert code == 0 and found['sequences']['token_limit']['samples_over'] == 48 and 0 < found['sequences']['token_limit']['reads_lost'] < .8
+
+
+def test_matrix(check, v4):
+    no_ids = ('warning: {0}.npy: .npy has no sample IDs, its rows are taken to be the samples of the table in their order; {0}.ids.txt beside it would name them').format
+    assert check('--unifrac-matrix', v4/'honest.npy', meta=None) == (0, [no_ids('honest')])
+    code, (warned, line) = check('--unifrac-matrix', v4/'permuted.npy', meta=None)
+    assert (code, warned) == (1, no_ids('permuted'))
+    assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.\d\d; rows shuffled at random reach 0\.\d\d\): '
+                        r'write the IDs of its rows to permuted\.ids\.txt, one a line', line), line
+    code, (_, line) = check('--unifrac-matrix', v4/'sorted.npy', meta=None)
+    assert code == 1 and re.fullmatch(r'error: sorted\.npy: its rows are not in the order of the table; they fit sorted by ID \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): '
+                                      r'write the IDs of its rows to sorted\.ids\.txt, one a line', line), line
+    code, (_, line) = check('--unifrac-matrix', v4/'partly.npy', meta=None)
+    assert code == 0 and re.fullmatch(r'warning: partly\.npy: the distances of \d+ % of the samples do not follow their ASVs; part of the rows may be in another order: write the IDs of its rows to partly\.ids\.txt, one a line', line), line
+    code, (line,) = check('--unifrac-matrix', v4/'permuted.h5', meta=None)
+    assert code == 1 and line.startswith('error: permuted.h5: its rows are not the samples of the table in their order') and line.endswith('compute it again from this table')
+
+
+def test_technical_columns(check):
+    code, lines = check('--metadata-column', 'soil_ph', *grouped)
+    assert code == 0 and len(lines) == 1
+    assert re.fullmatch(r'warning: prep_plate predicts soil_ph: the mean of each reaches R2 0\.\d\d, leave-one-out; a model may learn the laboratory: validate with --group-column prep_plate', lines[0])
+    code, (line,) = check('--metadata-column', 'soil_ph', '--technical-columns', 'robot', *grouped)
+    assert code == 0 and line.startswith('warning: robot predicts soil_ph: ')
+    code, lines = check('--metadata-column', 'prep_plate', '--classifier', '--technical-columns', 'robot', *grouped)
+    assert code == 0 and lines[-1] == ('warning: robot predicts prep_plate: the most frequent class of each is right for 100.0 % of the samples (of all: 25.0 %), leave-one-out; '
+                                       'a model may learn the laboratory: validate with --group-column robot')
+    facts = check('--metadata-column', 'soil_ph', *grouped, json_wanted=True)[1]['technical']
+    assert set(facts) == {'sequencing_run', 'prep_plate', 'lane'}
+    assert facts['lane']['predicts']['soil_ph']['score'] < 0 # a value of its own for each sample
+
+
+def test_groups(check, v4):
+    quiet = '--technical-columns', 'habitat'
+    code, lines = check('--metadata-column', 'of_subject', *grouped, '--train-samples', v4/'fit.txt', '--val-samples', v4/'val.txt', *quiet)
+    assert code == 0 and [line for line in lines if 'groups with samples' in line] == [
+        'warning: groups with samples in both the fit and the stop part (1: site08): scores there are not scores of new groups']
+    assert 'warning: each group of subject_id has a single value of of_subject: a score is one over 12 groups, not over 48 samples' in lines
+    assert 'note: 6 of 12 groups of subject_id with several samples have a single value of of_some' in check('--metadata-column', 'of_some', *grouped, *quiet)[1]
+    assert ("note: column 'subject_id' names 12 subjects for 48 samples; without --group-column subject_id a score may be one on subjects seen in training"
+            in check('--metadata-column', 'of_some', *quiet)[1])
+    code, lines = check('--metadata-column', 'habitat', '--classifier', '--group-column', 'own_group', *quiet)
+    assert code == 1 and [line for line in lines if line.startswith('error')] == [
+        "error: all samples of class 'forest' are in one group (a); --group-column needs classes in at least two groups: leave the class out or group by another column"]
+
+
+def test_target(check):
+    none = *grouped, '--technical-columns', 'robot'
+    code, lines = check('--metadata-column', 'habitat', *none)
+    assert code == 1 and any(re.fullmatch(r"error: column 'habitat' has the value '\w+' \(sample \S+\), which is not a number; correct it, leave it empty, or predict classes with --classifier", line) for line in lines)
+    code, lines = check('--metadata-column', 'same', *none)
+    assert code == 1 and "error: column 'same' has the value 7 for all samples: nothing to predict; choose another column" in lines
+    code, lines = check('--metadata-column', 'same', '--classifier', *none)
+    assert code == 1 and "error: column 'same' has only the value '7'; a classifier needs at least two classes" in lines
+    assert "note: column 'three' has only 3 different values; if these are classes, add --classifier" in check('--metadata-column', 'three', *none)[1]
+    code, lines = check('--metadata-column', 'rare', '--classifier', *none)
+    assert code == 0 and "warning: column 'rare': classes with fewer than 10 samples (odd 4); their scores rest on chance" in lines
+
+
+def test_losses_and_depth(check):
+    code, found = check('--metadata-column', 'soil_ph', '--rarefy-depth', 3000, meta='fewer.tsv', json_wanted=True)
+    first, *rest = found['losses']
+    assert code == 0 and (first['samples'], first['asvs']) == (48, 53)
+    assert rest[0]['step'].startswith('not in ') and rest[0]['samples'] == 43 and rest[-1]['step'] == 'fewer reads than --rarefy-depth 3000'
+    chosen = next(row for row in found['depth']['depths'] if row['chosen'])
+    assert chosen['depth'] == 3000 and chosen['samples'] == rest[-1]['samples']
+    assert found['cost']['seconds_per_epoch'] > 0 and found['cost']['memory_gb'] > 0
+
+
+def test_depth_that_costs_one_class():
+    from types import SimpleNamespace
+    from aam.check import Report, check_depth
+    table = make_table(np.array([[9], [9], [99], [99], [99], [9]]), list('abcdef'), ['ACGT'])
+    report = Report()
+    check_depth(report, SimpleNamespace(table=table, depth=50), SimpleNamespace(classes=['gut', 'skin']), np.array([0, 0, 0, 1, 1, 0]), asked=50)
+    assert [str(f) for f in report.findings] == ['warning: --rarefy-depth 50 keeps classes unequally (25 % of gut, 100 % of skin); a lower depth, or none, loses less']
+
+
+@pytest.mark.parametrize('words,how,expected', [
+    (['--metadata-column', 'soil_ph'], dict(meta=None), 'aam: --metadata-column soil_ph: needs --metadata'),
+    (['--group-column', 'subject_id'], dict(meta=None), 'aam: --group-column subject_id: needs --metadata'),
+    ([], dict(table='none.biom'), 'aam: --table HERE/none.biom: no such file'),
+    ([], dict(meta='none.tsv'), 'aam: HERE/none.tsv: no such file; give the sample metadata as tab-separated text'),
+    (['--classifier'], {}, 'aam: --classifier predicts one column: give one with --metadata-column'),
+    (['--val-samples', 'HERE/none.txt'], {}, 'aam: HERE/none.txt: no such file; give a file with one sample ID a line'),
+    (['--metadata-column', 'soil_pH'], {}, "aam: the metadata has no column 'soil_pH'; its columns are soil_ph, "),
+    (['--technical-columns', 'robo'], {}, "aam: the metadata has no column 'robo'; its columns are robot, "),
+    (['--tree', 'HERE/none.nwk'], {}, 'aam: --tree HERE/none.nwk: no such file'),
+])
+def test_unreadable(check, v4, words, how, expected):
+    code, line = check(*[w.replace('HERE', str(v4)) for w in words], **how)
+    assert code == 2 and line.startswith(expected.replace('HERE', str(v4))) and '\n' not in line
+
+
+def test_train_and_pretrain_look_first(aam, v4, tmp_path):
+    words = ['--table', v4/'primer.biom', '--unifrac-matrix', v4/'permuted.npy', '--output-dir', tmp_path/'run', *tiny, '--epochs', 1]
+    for more in ['pretrain'], ['train', '--metadata', v4/'metadata.tsv', '--metadata-column', 'soil_ph']:
+        run = aam(more[0], *words, *more[1:], fails=True)
+        assert run.returncode == 2 and not (tmp_path/'run').exists()
+        assert re.search(r'^aam: --unifrac-matrix permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line$', run.err, re.M), run.err
+    words[words.index(v4/'permuted.npy')] = v4/'honest.npy'
+    run = aam('pretrain', *words, '--max-bp', 30, '--unifrac-branches', 8)
+    assert 'warning: primer 515F (GTGYCAGCMGCCGCGGTAA) is still in 100.0 % of the reads' in run.err
+
+
+@pytest.mark.skipif(not mouse.exists(), reason='the data set mouse_age is not here')
+def test_mouse_age(aam, tmp_path):
+    "The matrix that trains on noise without a word, caught; the same file in order, without IDs, passes."
+    distances, table = read_distances(mouse/'unifrac.h5'), read_table(mouse/'table.biom')
+    honest = distances.align(table.sample_ids)
+    order = np.random.default_rng(0).permutation(len(honest))
+    for name, matrix in dict(honest=honest, permuted=honest[np.ix_(order, order)]).items(): np.save(tmp_path/f'{name}.npy', matrix)
+    words = ['--table', mouse/'table.biom', '--metadata', mouse/'metadata.tsv', '--metadata-column', 'age_weeks', '--group-column', 'host_id', *tiny]
+    good = aam('check', *words, '--unifrac-matrix', tmp_path/'honest.npy')
+    assert good.err == '' and good.out.rstrip().splitlines()[-1] == 'ready to train: 0 errors, 1 warning, 1 note'
+    bad = aam('check', *words, '--unifrac-matrix', tmp_path/'permuted.npy', fails=True)
+    assert bad.returncode == 1 and bad.err == ''
+    line, = re.findall('^error: .*', bad.out, re.M)
+    assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.0\d; rows shuffled at random reach 0\.0\d\): '
+                        r'write the IDs of its rows to permuted\.ids\.txt, one a line', line)
+    assert bad.out.rstrip().splitlines()[-1].startswith('training would fail or mislead: 1 error, ')

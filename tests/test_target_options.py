@@ -1,0 +1,315 @@
+"Each option of the target, its loss and its predictions, by what it changes; contradictions; predict = val_predictions.tsv in every mode."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import log_loss, mean_pinball_loss
+from sklearn.utils.class_weight import compute_class_weight
+
+from aam.checkpoint import load_checkpoint
+from aam.cli import main
+from aam.inference import load_predictor
+from aam.predict import predict
+from aam.table import read_table
+from aam.train import train
+
+torch.set_num_threads(1)
+tiny = dict(embedding_dim=16, attention_layers=1, attention_heads=2, kmer_dim=8, max_bp=40, device='cpu', epochs=1, lr=1e-2, penalty=0, nuc_penalty=0, count_penalty=0,
+            gradient_checkpointing=False, rarefy_depth=300)
+plain = dict(linear_start=False, val_prediction_passes=1) # its val_predictions.tsv are of the pass whose loss is recorded
+
+
+@pytest.fixture(scope='module')
+def folder(survey, tmp_path_factory):
+    "Metadata with gaps, a class imbalance, and regions of which one is only among the validation samples, whose IDs are listed."
+    path, rng = tmp_path_factory.mktemp('targets'), np.random.default_rng(0)
+    frame = pd.read_csv(survey/'metadata.tsv', sep='\t', dtype=str, keep_default_na=False)
+    frame['age'] = rng.gamma(2, 30, len(frame)).round(2)
+    frame['weight'] = (frame.age*.1 + rng.normal(0, 1, len(frame))).round(3)
+    frame.loc[rng.choice(len(frame), 8, replace=False), 'weight'] = ''
+    frame['rare'] = np.where(np.arange(len(frame)) % 5, 'common', 'rare')
+    stop = np.arange(len(frame)) % 4 == 0
+    frame['region'] = np.where(np.arange(len(frame)) % 2, 'north', 'south')
+    frame.loc[np.flatnonzero(stop)[:3], 'region'] = ['west', 'west', '']
+    frame['signed'] = np.linspace(-3, 3, len(frame)).round(3)
+    frame.to_csv(path/'metadata.tsv', sep='\t', index=False)
+    (path/'stop.txt').write_text('\n'.join(frame.sample_id[stop]) + '\n')
+    return path
+
+
+@pytest.fixture(scope='module')
+def run(survey, folder, tmp_path_factory):
+    "A function that trains a tiny model and returns its `Run`."
+    def run(column, **options):
+        files = dict(table=survey/'table.biom', metadata=folder/'metadata.tsv', val_samples=folder/'stop.txt', output_dir=tmp_path_factory.mktemp('run')/'run')
+        return train(**files, metadata_column=column, **{**tiny, **options})
+    return run
+
+
+def read(path): return pd.read_csv(path, sep='\t', dtype={'sample_id': str}).set_index('sample_id')
+def validated(r): return read(r.paths['predictions'])
+def recorded_loss(r): return json.loads((r.folder/'metrics.jsonl').read_text().splitlines()[-1])['val_loss']
+def weights(r): return load_checkpoint(r.paths['best_model'])['weights']
+
+
+def training_values(r, folder, column):
+    values = pd.to_numeric(read(folder/'metadata.tsv')[column])
+    return values[(r.folder/'train_samples.txt').read_text().split()].dropna()
+
+
+def errors(r, folder, column='age', suffix=''):
+    "Prediction minus truth in units of the training deviation."
+    frame = validated(r)
+    e = (frame[f'prediction{suffix}'] - frame[f'actual{suffix}']) / training_values(r, folder, column).std(ddof=0)
+    return e.dropna().to_numpy()
+
+
+def huber(e): return np.where(np.abs(e) < 1, e**2/2, np.abs(e) - .5)
+costs = [
+    (dict(), huber),
+    (dict(loss_type='mse'), np.square),
+    (dict(loss_type='mae'), np.abs),
+    (dict(loss_type='asymmetric', over_penalty=.5, under_penalty=3.), lambda e: np.where(e > 0, .5*e, -3*e)),
+]
+
+
+@pytest.mark.parametrize('options,cost', costs, ids=['huber', 'mse', 'mae', 'asymmetric'])
+def test_loss(run, folder, options, cost):
+    r = run('age', **plain, **options)
+    np.testing.assert_allclose(recorded_loss(r), cost(errors(r, folder)).mean(), rtol=1e-4)
+
+
+def test_loss_of_each_target(run, folder):
+    "By position and by name; a value missing in one target leaves the other."
+    r = run('age,weight', **plain, loss_config='{"1": "mae", "age": "mse"}')
+    age, weight = errors(r, folder, 'age', '_age'), errors(r, folder, 'weight', '_weight')
+    assert len(weight) < len(age)
+    np.testing.assert_allclose(recorded_loss(r), np.concatenate([age**2, np.abs(weight)]).mean(), rtol=1e-4)
+
+
+def test_quantile_loss_and_scores(run, folder):
+    r = run('age', **plain, loss_type='quantile', quantiles='.9,.1,.3,.6')
+    frame, levels = validated(r), [.1, .3, .6, .9]
+    assert list(frame) == ['prediction', 'actual', 'q0.1', 'q0.3', 'q0.6', 'q0.9']
+    assert (np.diff(frame.filter(like='q'), axis=1) >= 0).all()
+    np.testing.assert_allclose(frame.prediction, frame['q0.3']/3 + frame['q0.6']*2/3) # 0.5 is not among them
+    loss = np.mean([mean_pinball_loss(frame.actual, frame[f'q{q}'], alpha=q) for q in levels])
+    np.testing.assert_allclose(recorded_loss(r), loss/training_values(r, folder, 'age').std(ddof=0), rtol=1e-4)
+    scores = r.scores['validation']
+    np.testing.assert_allclose(scores['pinball'], loss)
+    np.testing.assert_allclose(scores['coverage'], frame.actual.between(frame['q0.1'], frame['q0.9']).mean())
+    np.testing.assert_allclose(scores['mae'], (frame.prediction - frame.actual).abs().mean())
+
+
+@pytest.mark.parametrize('how', ['none', 'balanced', 'sqrt', '1,4'])
+def test_class_weights(run, folder, how):
+    r = run('rare', classifier=True, **plain, class_weights=how)
+    frame, truth = validated(r), read(folder/'metadata.tsv').rare
+    fitted = truth[(r.folder/'train_samples.txt').read_text().split()]
+    balanced = compute_class_weight('balanced', classes=np.array(['common', 'rare']), y=fitted)
+    weight = dict(none=np.ones(2), balanced=balanced, sqrt=balanced**.5).get(how, np.array([1., 4.]))
+    expected = log_loss(frame.actual, frame[['p_common', 'p_rare']], labels=['common', 'rare'], sample_weight=weight[(frame.actual == 'rare').astype(int)])
+    np.testing.assert_allclose(recorded_loss(r), expected, rtol=1e-4)
+
+
+def test_class_weights_reach_the_linear_path(run):
+    "Weights of 1 and 4 move the odds of the linear model by 4."
+    even, skewed = (validated(run('rare', classifier=True, class_weights=w, epochs=1, lr=1e-12, val_prediction_passes=1)) for w in ('1,1', '1,4'))
+    odds = lambda f: f.p_rare/f.p_common
+    np.testing.assert_allclose(odds(skewed)/odds(even), 4, rtol=1e-3)
+
+
+def disturb(predictor, size=300):
+    "Predictions of a model whose head says anything."
+    torch.manual_seed(0)
+    last = predictor.model.heads['target'].deep[-1]
+    torch.nn.init.normal_(last.weight, std=size); torch.nn.init.normal_(last.bias, std=size)
+    return predictor
+
+
+@pytest.mark.parametrize('options,low,high', [(dict(bounded_targets=True), True, True), *[(dict(output_activation=a), True, False) for a in ('relu', 'softplus', 'exp')], (dict(), False, False)],
+                         ids=['bounded', 'relu', 'softplus', 'exp', 'none'])
+@pytest.mark.parametrize('quantiles', [None, '0.1,0.5,0.9'], ids=['point', 'quantiles'])
+def test_range(run, survey, folder, options, low, high, quantiles):
+    "With minmax, 0 and 1 are the extremes of the training values, whatever the weights; and quantiles never cross."
+    r = run('age', **options, **(dict(loss_type='quantile', quantiles=quantiles) if quantiles else {}))
+    values = training_values(r, folder, 'age')
+    table = read_table(survey/'table.biom')
+    with np.errstate(invalid='ignore', over='ignore'): wild = disturb(load_predictor(load_checkpoint(r.paths['best_model']))).predict(table, passes=1)
+    span = np.ptp(values)
+    assert (wild.min() >= values.min() - 1e-5*span) == low
+    assert (wild.max() <= values.max() + 1e-5*span) == high
+    if quantiles: assert wild.shape == (48, 1, 3) and (wild[..., 1:] >= wild[..., :-1]).all()
+
+
+def test_training_starts_at_the_mean(run, folder):
+    "Also behind a sigmoid."
+    for options in dict(), dict(bounded_targets=True), dict(output_activation='softplus'):
+        r = run('age', **options, **plain, lr=1e-12)
+        head = r.model.model.heads['target']
+        start = r.model.target.transform.decode(head.finish(torch.zeros(1, 1)).detach().numpy())
+        np.testing.assert_allclose(start, training_values(r, folder, 'age').mean(), rtol=1e-3)
+
+
+def test_linear_floor_survives_the_options(run):
+    "Before a step is taken, a range or quantiles change predictions of the linear path only where it leaves the range."
+    base = validated(run('age', lr=1e-12)).prediction
+    median = validated(run('age', lr=1e-12, loss_type='quantile', quantiles='0.1,0.5,0.9'))
+    bounded = validated(run('age', lr=1e-12, bounded_targets=True)).prediction
+    shift = median.prediction - base # the median of what the linear path leaves over
+    np.testing.assert_allclose(shift, shift.iloc[0], atol=1e-3*np.ptp(base))
+    assert np.abs(bounded - base).median() < .02*np.ptp(base)
+
+
+def test_range_that_targets_leave(run, caplog):
+    import logging
+    log, seen = logging.getLogger('aam'), []
+    original = log.warning
+    try:
+        log.warning = lambda text, *a: seen.append(text)
+        run('age', target_transform='zscore', output_activation='softplus')
+    finally: log.warning = original
+    assert any('--output-activation softplus' in text and 'values of age' in text for text in seen), seen
+
+
+def test_learnable_output_scale(run):
+    names = {'heads.target.log_output_scale', 'heads.target.output_bias'}
+    assert not names & set(weights(run('age,weight')))
+    learned = weights(run('age,weight', learnable_output_scale=True, linear_start=False))
+    for name in names: assert learned[name].shape == (2,) and learned[name].abs().min() > 0
+
+
+def test_hidden_layers(run):
+    r = run('age', regressor_hidden_dims='24,12', regressor_dropout=.25)
+    layers = [tuple(w.shape) for name, w in weights(r).items() if name.startswith('heads.target.deep') and name.endswith('weight')]
+    assert layers == [(24, 32), (12, 24), (1, 12)]
+    dropouts = [m.p for m in load_predictor(load_checkpoint(r.paths['best_model'])).model.heads['target'].deep if isinstance(m, torch.nn.Dropout)]
+    assert dropouts[1:] == [.25, .25]
+
+
+def test_out_dim_that_agrees(run):
+    assert list(validated(run('rare', classifier=True, out_dim=2)).filter(like='p_')) == ['p_common', 'p_rare']
+
+
+@pytest.fixture
+def predicted(survey, folder, tmp_path):
+    "A function that runs `aam predict` and returns its table."
+    def predicted(r, **options):
+        out = tmp_path/'out.tsv'
+        predict(model=r.paths['best_model'], table=survey/'table.biom', output=out, overwrite=True, device='cpu', **options)
+        return read(out)
+    return predicted
+
+
+def expect_same(r, found):
+    "val_predictions.tsv says what predict says."
+    frame = validated(r)
+    assert list(found) == [c for c in frame if not c.startswith('actual')]
+    for c in found:
+        a, b = frame[c], found.loc[frame.index, c]
+        if c == 'prediction' and 'p_common' in found: assert (a == b).all()
+        else: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5*max(np.ptp(b), 1e-3), err_msg=c)
+
+
+modes = {
+    'quantiles by category': ('age,weight', dict(loss_type='quantile', quantiles='0.1,0.5,0.9', target_transform='zscore-category', normalize_by='region')),
+    'quantiles log-zscore': ('age', dict(loss_type='quantile', quantiles='0.25,0.75', target_transform='log-zscore')),
+    'two targets log-minmax': ('age,weight', dict(target_transform='log-minmax', bounded_targets=True)),
+    'by category': ('age', dict(target_transform='zscore-category', normalize_by='region', learnable_output_scale=True)),
+    'classes': ('rare', dict(classifier=True, class_weights='sqrt', regressor_hidden_dims='8')),
+}
+
+
+@pytest.mark.parametrize('mode', modes)
+def test_predict_agrees(run, predicted, folder, mode):
+    column, options = modes[mode]
+    if 'weight' in column and 'log' in mode: column = 'age,add_me' if False else column
+    r = run(column, **options, val_prediction_passes=2)
+    found = predicted(r, **(dict(metadata=folder/'metadata.tsv') if 'normalize_by' in options else {}))
+    assert len(found) == 48
+    expect_same(r, found)
+    if mode == 'quantiles by category':
+        assert list(found) == [f'{kind}_{c}' for c in ('age', 'weight') for kind in ('prediction', 'q0.1', 'q0.5', 'q0.9')]
+        stop = (folder/'stop.txt').read_text().split()
+        assert 'west' not in set(read(folder/'metadata.tsv').region.drop(stop)) and found.loc[stop].notna().all(axis=None)
+
+
+def test_passes_and_variance(run, predicted):
+    "The model's number of passes is predict's; two passes and one give the second, and so the variance."
+    r = run('age', val_prediction_passes=2)
+    two, one = predicted(r, output_variance=True), predicted(r, prediction_passes=1)
+    assert list(two) == ['prediction', 'variance'] and list(one) == ['prediction']
+    expect_same(r, two[['prediction']])
+    second = 2*two.prediction - one.prediction
+    assert (two.variance > 0).mean() > .9
+    np.testing.assert_allclose(two.variance, (one.prediction - second)**2/2, rtol=1e-4, atol=1e-9)
+    assert r.model.passes == 2 and not np.allclose(two.prediction, predicted(r, prediction_passes=4).prediction)
+
+
+def test_variance_of_classes_and_of_several_targets(run, predicted):
+    classes, several = run('rare', classifier=True), run('age,weight', loss_type='quantile', quantiles='.1,.9')
+    found = predicted(classes, output_variance=True)
+    assert list(found) == ['prediction', 'p_common', 'p_rare', 'var_common', 'var_rare']
+    np.testing.assert_allclose(found.var_common, found.var_rare, rtol=1e-3, atol=1e-12) # probabilities of two classes mirror each other
+    assert [c for c in predicted(several, output_variance=True, prediction_passes=3) if c.startswith('variance')] == ['variance_age', 'variance_weight']
+
+
+def test_curves_of_several_targets(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    r = run('age,weight', loss_type='quantile', quantiles='0.1,0.9')
+    events = EventAccumulator(str(r.folder/'tensorboard')).Reload()
+    wanted = {'r2', 'mae', 'mse', 'pinball', 'coverage'}
+    assert {f'val/{name}{c}' for name in wanted for c in ('', '_age', '_weight')} <= set(events.Tags()['scalars'])
+    assert wanted <= set(r.scores['validation'])
+    assert {p.name for p in (r.folder/'plots').glob('val_*')} == {'val_predicted_age.png', 'val_predicted_weight.png'}
+
+
+age, classes = dict(metadata_column='age'), dict(metadata_column='rare', classifier=True)
+quantile = dict(loss_type='quantile', quantiles='0.1,0.9')
+contradictions = [
+    (age | dict(loss_type='quantile'), ['--loss-type quantile', '--quantiles']),
+    (age | dict(quantiles='0.1,0.9'), ['--loss-type quantile', '--quantiles']),
+    (age | dict(loss_type='quantile', quantiles='0,0.5'), ['--quantiles 0.0,0.5', 'between 0 and 1']),
+    (age | dict(loss_type='quantile', quantiles='low,high'), ['--quantiles low,high', 'numbers']),
+    (age | dict(loss_type='hubert'), ['--loss-type', 'hubert', 'huber']),
+    (age | dict(over_penalty=2.), ['--over-penalty', '--loss-type asymmetric']),
+    (age | dict(loss_config='{"age": "hubert"}'), ['--loss-config', 'hubert', 'huber, mse, mae, asymmetric']),
+    (age | dict(loss_config='{"height": "mse"}'), ['--loss-config', 'height', 'age']),
+    (age | dict(loss_config='{"1": "mse"}'), ['--loss-config', '1 is no target']),
+    (age | dict(loss_config='{"0": "mse", "age": "mae"}'), ['--loss-config', 'one target']),
+    (age | dict(loss_config='mse'), ['--loss-config mse', 'JSON']),
+    (age | quantile | dict(loss_config='{"age": "mse"}'), ['--loss-config', '--loss-type quantile']),
+    (age | dict(bounded_targets=True, output_activation='exp'), ['--bounded-targets', '--output-activation exp']),
+    (age | dict(regressor_hidden_dims='64,0'), ['--regressor-hidden-dims 64,0', 'at least 1']),
+    (age | dict(regressor_hidden_dims='wide'), ['--regressor-hidden-dims wide', 'whole numbers']),
+    (age | dict(target_transform='zscore-category'), ['--target-transform zscore-category', '--normalize-by']),
+    (age | dict(class_weights='balanced'), ['--class-weights balanced', '--classifier']),
+    (age | dict(out_dim=3), ['--out-dim 3', '1 column']),
+    (dict(metadata_column='signed', target_transform='log-zscore'), ['log-zscore', 'signed', 'negative', 'site']),
+    (classes | dict(loss_type='mse'), ['--loss-type mse', '--classifier']),
+    (classes | quantile, ['--classifier']),
+    (classes | dict(out_dim=3), ['--out-dim 3', '2 classes', 'common, rare']),
+    (classes | dict(class_weights='even'), ['--class-weights even', 'balanced', 'sqrt']),
+    (classes | dict(class_weights='1,2,3'), ['--class-weights 1,2,3', '3 numbers for 2 classes', 'common, rare']),
+    (classes | dict(class_weights='-1,2'), ['--class-weights -1,2', 'negative']),
+    (classes | dict(bounded_targets=True), ['--bounded-targets', '--classifier']),
+]
+
+
+@pytest.mark.parametrize('options,says', contradictions, ids=lambda x: '-'.join(map(str, x.values())) if isinstance(x, dict) else '')
+def test_contradiction(survey, folder, tmp_path, capsys, options, says):
+    files = dict(table=survey/'table.biom', metadata=folder/'metadata.tsv', output_dir=tmp_path/'run')
+    words = [w for name, value in (files | options).items() for w in [f"--{name.replace('_', '-')}" + ('' if value is True else f'={value}')]]
+    assert main(['train', *words]) == 2
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith('aam: ')]
+    assert len(lines) == 1 and not (tmp_path/'run').exists()
+    for text in says: assert text in lines[0], (text, lines[0])
+
+
+def test_variance_of_one_pass_is_refused(run, survey, tmp_path, capsys):
+    r = run('age', val_prediction_passes=1)
+    words = ['predict', '--model', r.paths['best_model'], '--table', survey/'table.biom', '--output', tmp_path/'out.tsv', '--output-variance']
+    assert main(list(map(str, words))) == 2
+    assert '--prediction-passes of at least 2' in capsys.readouterr().err and not (tmp_path/'out.tsv').exists()
