@@ -181,7 +181,7 @@ def test_tensorboard_shows_the_fusion(survey, tmp_path, fusion, tag):
 
 
 def test_categorical_lr_is_of_category_weights_alone(survey, tmp_path):
-    starts, ends, others = [], [], []
+    ends = []
     for name, rate in dict(none=0., usual=None, fast=.1).items():
         out = run(survey, tmp_path/name, categorical_columns='season', conditional_output_scaling='season', categorical_lr=rate, average_decay=0, epochs=1, weight_decay=0, linear_start=False)
         ends.append(category_weights(out.paths['best_model']))
