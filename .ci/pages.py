@@ -22,6 +22,7 @@ def run(path: Path):
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.outputs:
             if "execution_count" in output: output["execution_count"] = None
+            if "metadata" in output: output["metadata"] = {} # as nbdev-clean leaves it
     write_nb(notebook, path)
 
 

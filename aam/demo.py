@@ -11,19 +11,18 @@ from pathlib import Path
 
 from .config import Annotated, command, option_name
 
-# %% ../nbs/36_demo.ipynb #2ecbe179
+# %% ../nbs/36_demo.ipynb #dbc55429
 def command_line(name:str, options:dict) -> str:
     "What one would type."
     flags = [option_name(k) if v is True else f'{option_name(k)} {shlex.quote(str(v))}' for k, v in options.items() if v is not False]
     return ' '.join(['aam', name, *flags])
 
-def step(name:str, options:dict):
+def step(function, options:dict):
     "Shows and runs a command."
-    from aam.cli import load_command
-    print(f'\n$ {command_line(name, options)}', flush=True)
-    return load_command(name)(**options)
+    print(f"\n$ {command_line(function.__name__.replace('_', '-'), options)}", flush=True)
+    return function(**options)
 
-# %% ../nbs/36_demo.ipynb #27d01d28
+# %% ../nbs/36_demo.ipynb #ec4010be
 targets = {'soil_ph': dict(classifier=False), 'habitat': dict(classifier=True)}
 
 @command
@@ -35,18 +34,23 @@ def demo(
     overwrite:bool=False, # replace an earlier demo in that folder
 ):
     "Simulates a survey, pre-trains, trains, predicts and compares with Random Forest."
+    from aam.predict import predict
+    from aam.pretrain import pretrain
+    from aam.rf_baseline import rf_baseline
+    from aam.simulate import simulate
+    from aam.train import train
     output_dir = Path(output_dir)
-    files = step('simulate', dict(output_dir=output_dir/'data', samples=samples, asvs=120, subjects=max(5, samples//4), seed=seed, overwrite=overwrite))
+    files = step(simulate, dict(output_dir=output_dir/'data', samples=samples, asvs=120, subjects=max(5, samples//4), seed=seed, overwrite=overwrite))
     data = {k: files[k] for k in ('table', 'tree', 'metadata')}
     fitting = dict(data, preset='small', max_bp=100, batch_size=8, lr=2e-3, epochs=epochs, seed=seed, overwrite=overwrite)
-    encoder = step('pretrain', dict(fitting, test_samples=files['test_samples'], group_column='subject_id', output_dir=output_dir/'pretrain'))
+    encoder = step(pretrain, dict(fitting, test_samples=files['test_samples'], group_column='subject_id', output_dir=output_dir/'pretrain'))
     lists = {f'{part}_samples': output_dir/'pretrain'/f'{part}_samples.txt' for part in ('train', 'val', 'test')}
     rows, plots = [], [encoder.paths['plots']]
     for column, kind in targets.items():
         target = dict(metadata_column=column, **kind)
-        run = step('train', dict(fitting, **target, **lists, pretrained_encoder=encoder.paths['best_model'], output_dir=output_dir/column))
-        step('predict', dict(model=run.paths['best_model'], table=data['table'], output=output_dir/f'{column}_predictions.tsv', overwrite=overwrite))
-        forest = step('rf-baseline', dict(table=data['table'], metadata=data['metadata'], **target, **lists, output=output_dir/f'{column}_random_forest.tsv', overwrite=overwrite))
+        run = step(train, dict(fitting, **target, **lists, pretrained_encoder=encoder.paths['best_model'], output_dir=output_dir/column))
+        step(predict, dict(model=run.paths['best_model'], table=data['table'], output=output_dir/f'{column}_predictions.tsv', overwrite=overwrite))
+        forest = step(rf_baseline, dict(table=data['table'], metadata=data['metadata'], **target, **lists, output=output_dir/f'{column}_random_forest.tsv', overwrite=overwrite))
         score = 'accuracy' if kind['classifier'] else 'r2'
         guess = forest.guess_scores[score]
         rows.append((column, {'accuracy': 'accuracy', 'r2': 'R2'}[score], run.scores['test'][score], forest.scores[score], guess))

@@ -9,11 +9,11 @@ __all__ = ['log', 'levels', 'primers', 'region_starts', 'technical_words', 'Find
            'matrix_findings', 'technical_columns', 'mean_of_others', 'majority_of_others', 'group_prediction',
            'technical_finding', 'quick_check']
 
-# %% ../nbs/08_diagnosis.ipynb #ced468f7
+# %% ../nbs/08_diagnosis.ipynb #a0fd58ad
 import logging, re
 import numpy as np
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from scipy.stats import rankdata
 

@@ -254,3 +254,15 @@ def test_classes_with_categories(survey, tmp_path):
 def test_help_on_categories(aam):
     said = aam('train', '--categorical-help').out
     assert all(name in said for name in fusion_names) and '--conditional-output-scaling' in said and '--categorical-lr' in said
+
+
+@pytest.mark.parametrize('name', fusion_names)
+def test_half_precision(states, name):
+    "As on a GPU: states keep their precision, and every weight gets a gradient."
+    head = head_of(categorical_fusion=name, conditional_output_scaling='season').train()
+    with torch.autocast('cpu', torch.bfloat16): out = head(states, categories=ids)
+    assert out.dtype == torch.float32
+    out.square().sum().backward()
+    assert [n for n, p in head.named_parameters() if p.grad is None] == []
+    exact = Conditioning(options(categorical_fusion='concat'), vocabulary, 16, 2, 1).eval()
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(exact.fuse(states.states, states.mask, ids), states.states)
