@@ -10,11 +10,11 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'presets', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
            'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
            'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_losses', 'check_scale', 'split_names',
-           'CategoryOptions', 'TrainingOptions', 'RunOptions', 'command', 'build_options', 'command_parser',
-           'parse_command', 'option_table']
+           'CategoryOptions', 'TrainingOptions', 'RunOptions', 'field_comments', 'command', 'build_options',
+           'command_parser', 'parse_command', 'option_table']
 
-# %% ../nbs/00_config.ipynb #97a102f3
-import argparse, difflib, functools, inspect, json
+# %% ../nbs/00_config.ipynb #d4a4df5a
+import argparse, ast, difflib, functools, inspect, json, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -384,18 +384,32 @@ presets = {
 }
 assert tuple(presets) == preset_names
 
-# %% ../nbs/00_config.ipynb #4545fbe9
+# %% ../nbs/00_config.ipynb #b1dd6bac
 def _is_options(annotation): return inspect.isclass(annotation) and issubclass(annotation, Options)
+
+@functools.cache
+def _module_comments(path:str) -> dict:
+    "The comments beside the fields of the dataclasses in a file, by class and field; one parse for all, where `docments` makes two for each."
+    text = Path(path).read_text(encoding='utf-8')
+    lines = text.splitlines()
+    return {c.name: {f.target.id: lines[f.end_lineno - 1][f.end_col_offset:].strip().removeprefix('#').strip() for f in c.body if isinstance(f, ast.AnnAssign)}
+            for c in ast.parse(text).body if isinstance(c, ast.ClassDef)}
+
+def field_comments(options) -> dict:
+    "The comment beside each field of a dataclass; empty for one defined in a running notebook, which has no file."
+    module = sys.modules.get(options.__module__)
+    path = getattr(module, '__file__', None)
+    return _module_comments(path).get(options.__name__, {}) if path and path.endswith('.py') else {}
 
 def _field_parameters(options):
     "Keyword parameters for the fields of the dataclass `options`, the field's comment as help."
-    hints, help_ = get_type_hints(options, include_extras=True), docments(options)
+    hints, help_ = get_type_hints(options, include_extras=True), field_comments(options)
     for f in fields(options):
         anno = hints[f.name]
         kind, meta = (get_args(anno)[0], get_args(anno)[1:]) if get_origin(anno) is Annotated else (anno, ())
         extra = next((m for m in meta if isinstance(m, dict)), {})
         default = inspect.Parameter.empty if extra.get('required') else f.default
-        yield inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, help_[f.name] or '', extra])
+        yield inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, help_.get(f.name, ''), extra])
 
 def command(function):
     "Makes the fields of `function`'s `Options` parameters its keywords."
@@ -469,7 +483,7 @@ def parse_command(function, argv:list[str], name:str) -> dict:
     if unknown: raise AamError(f"{' '.join(unknown)}: not understood (see {name} --help)")
     return {k: v for k, v in vars(values).items() if k not in ('debug', 'categorical_help')} # which `main` looks for
 
-# %% ../nbs/00_config.ipynb #c4c2783f
+# %% ../nbs/00_config.ipynb #a1f2604a
 def _value_words(kind, meta) -> str:
     "What an option takes."
     choices = next((m['choices'] for m in meta if isinstance(m, dict) and 'choices' in m), None)
@@ -494,6 +508,6 @@ def option_table(
 ) -> str: # Markdown
     "Options as a table: name, meaning, values, default."
     defaults = {f.name: f.default for f in fields(source)} if inspect.isclass(source) else {n: p.default for n, p in source.plain.items()}
-    hints, help_ = get_type_hints(source, include_extras=True), docments(source)
+    hints, help_ = get_type_hints(source, include_extras=True), field_comments(source) if inspect.isclass(source) else docments(source)
     rows = [_option_row(name, hints[name], defaults[name], help_[name]) for name in only or defaults]
     return '\n'.join(['| option | what it does | values | default |', '|---|---|---|---|', *rows])
