@@ -556,6 +556,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.table._find_sequences': ('table.html#_find_sequences', 'aam/table.py'),
                            'aam.table._load_biom': ('table.html#_load_biom', 'aam/table.py'),
                            'aam.table._read_file': ('table.html#_read_file', 'aam/table.py'),
+                           'aam.table._read_hdf5': ('table.html#_read_hdf5', 'aam/table.py'),
+                           'aam.table._unique_ids': ('table.html#_unique_ids', 'aam/table.py'),
                            'aam.table.abundance_order': ('table.html#abundance_order', 'aam/table.py'),
                            'aam.table.choose_asvs': ('table.html#choose_asvs', 'aam/table.py'),
                            'aam.table.data_file': ('table.html#data_file', 'aam/table.py'),
