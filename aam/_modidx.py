@@ -522,6 +522,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aam.session.Session.fit': ('session.html#session.fit', 'aam/session.py'),
                              'aam.session.Session.open': ('session.html#session.open', 'aam/session.py'),
                              'aam.session.Session.split': ('session.html#session.split', 'aam/session.py'),
+                             'aam.session.Session.tell_first_step': ('session.html#session.tell_first_step', 'aam/session.py'),
                              'aam.session.Session.write_config': ('session.html#session.write_config', 'aam/session.py'),
                              'aam.session.count_deviation': ('session.html#count_deviation', 'aam/session.py'),
                              'aam.session.epoch_line': ('session.html#epoch_line', 'aam/session.py'),
