@@ -266,3 +266,21 @@ def test_make_table_leaves_its_input_alone(community):
     assert (given.indices == before.indices).all() and (given.data == before.data).all() and (given.indptr == before.indptr).all()
     assert len(table.sequences) == len(sequences) - 1 and table.counts.sum() == counts.sum()
     assert (table.counts[:, table.sequences.index(sequences[0])].toarray()[:, 0] == counts[:, -1] + counts[:, 0]).all()
+
+
+@pytest.mark.slow
+def test_large_table_stays_sparse(tmp_path):
+    "Memory in proportion to what the file holds, and no slower than biom and NumPy at the same; the benchmark checks that nothing is lost."
+    from argparse import Namespace
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location('large_table', Path(__file__).resolve().parents[1]/'benchmarks/large_table.py')
+    benchmark = module_from_spec(spec); spec.loader.exec_module(benchmark)
+    size = Namespace(samples=20_000, asvs=100_000, richness=300)
+    stages, found = benchmark.measure(['write', 'load', 'rival'], tmp_path/'table.biom', size)
+    assert found[0] == found[1] == found[2]
+    part = {(s['part'], s['stage']): s for s in stages}
+    grown = max(part['load', name]['peak_gb'] for name in ('load', 'prepare', 'batch', 'rarefy')) - part['load', 'import']['peak_gb']
+    held = (12*size.samples*size.richness + 450*size.asvs)/2**30 # reads and indices; sequences, tokens and 6-mers
+    assert grown < 6*held < 0.05*8*size.samples*size.asvs/2**30 # the dense table would be twenty times larger than even that
+    ours, rivals = (sum(part[p, name]['seconds'] for name in names) for p, names in (('load', ('load', 'prepare')), ('rival', ('load', 'np.unique'))))
+    assert ours < 1.5*rivals
