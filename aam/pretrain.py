@@ -40,7 +40,7 @@ def pretrain(
         raise AamError('--tree or --unifrac-matrix is needed for UniFrac distances (or --penalty 0 to learn without)')
     inputs = read_inputs(input, metadata)
     parts = session.split(inputs)
-    data = sample_data(inputs, input, encoder, run.seed, unifrac_metric=encoder.unifrac_metric, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy, pad_to_buckets=session.device == 'cuda')
+    data = sample_data(inputs, input, encoder, run.seed, unifrac_metric=encoder.unifrac_metric, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy)
     fit, stop = ([data.position[s] for s in ids] for ids in (parts.fit, parts.stop))
     data.set_prevalence(parts.fit)
     units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in weights else 1., count_deviation=count_deviation(data, fit))

@@ -118,7 +118,7 @@ def train(
     goal, actual = read_target(target, inputs)
     classes = [goal.classes[a] for a in actual] if goal.classes else None
     parts = session.split(inputs, classes)
-    data = sample_data(inputs, input, encoder, run.seed, unifrac_metric=encoder.unifrac_metric, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy, pad_to_buckets=session.device == 'cuda')
+    data = sample_data(inputs, input, encoder, run.seed, unifrac_metric=encoder.unifrac_metric, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy)
     fit, stop = ([data.position[s] for s in ids] for ids in (parts.fit, parts.stop))
     data.set_prevalence(parts.fit)
     vocabulary = fit_categories(categories, inputs, data, fit, log)
