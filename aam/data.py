@@ -123,7 +123,7 @@ class SampleData:
     rarefy_seed:int=42
     seed:int=42
     branches:Branches=None # tree: distances are computed from each draw
-    distances:Distances=None # matrix, joined to the table's samples by ID: distances are looked up
+    distances:Distances=None # matrix: distances are looked up by sample ID
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
     identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
     offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
@@ -143,7 +143,7 @@ class SampleData:
         self.kmers = kmers_of_tokens(tokens)
         self.position = {s: i for i, s in enumerate(self.table.sample_ids)}
         self.set_prevalence(self.table.sample_ids)
-        if self.distances is not None: self.distances = Distances(self.table.sample_ids, self.distances.align(self.table.sample_ids))
+        if self.distances is not None: self.distances.rows(self.table.sample_ids) # says which samples it lacks
 
     def set_prevalence(self, sample_ids):
         "Prevalence of ASVs among `sample_ids` (those fitted on), for drawing impostors."
@@ -183,7 +183,7 @@ def draws_to_csr(draws, asvs:int):
 def pair_distances(data:SampleData, samples, draws) -> np.ndarray: # (B, B)
     "Distances between `samples`; NaN on the diagonal and where a sample has too few reads."
     samples = np.asarray(samples)
-    if data.distances is not None: d = data.distances.matrix[np.ix_(samples, samples)].astype(np.float32)
+    if data.distances is not None: d = data.distances.align([data.table.sample_ids[i] for i in samples])
     else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric)
     shallow = data.table.reads[samples] < data.depth
     d = np.where(shallow[:, None] | shallow[None], np.nan, d).astype(np.float32)
