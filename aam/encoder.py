@@ -145,7 +145,10 @@ class Encoder(nn.Module):
 
     def samples(self, asv:Tensor, index:Tensor, mask:Tensor, abundance:Tensor) -> Tensor:
         "States of ASVs within their samples, (R, S, D)."
-        x = F.embedding(index, self.project(asv))
+        return self.within_samples(F.embedding(index, self.project(asv)), mask, abundance)
+
+    def within_samples(self, x:Tensor, mask:Tensor, abundance:Tensor) -> Tensor:
+        "States of ASVs within their samples, from their projected vectors, (R, S, D)."
         if self.amount is not None: x = x + self.amount(abundance[..., None])
         return self.norm(self.encoder_stack(self.sample_stack(x, mask), mask))
 

@@ -8,14 +8,14 @@ __all__ = ['log', 'pick_device', 'tf32', 'find_compiler', 'pick_compile', 'large
            'majority_accuracy']
 
 # %% ../nbs/29_session.ipynb #140159c7
-import logging, math, os, shutil
+import logging, math, os, shutil, time
 import numpy as np
 import torch
 from contextlib import contextmanager
 from dataclasses import replace
 
 from .checkpoint import describe_model, save_checkpoint
-from .config import AamError
+from .config import AamError, started
 from .data import Plan, SampleData, all_distances
 from .diagnosis import quick_check
 from .figures import loss_curves, save_figure
@@ -120,6 +120,7 @@ class Session:
     "A run of `pretrain` or `train`."
     def __init__(self, kind:str, **options):
         self.kind, self.options = kind, options
+        self.started = started.pop('command', time.perf_counter())
         self.messages = start_messages()
         run = options['run']
         self.folder = RunFolder(run.output_dir)
@@ -177,6 +178,14 @@ class Session:
         save_figure(figure, self.folder/'plots'/f'{name}.png')
         self.record.figure(name, figure, self.step)
 
+    def tell_first_step(self, optimizer):
+        "Says, once, how long it took to get to the end of the first optimizer step."
+        def tell(*_):
+            if self.device == 'cuda': torch.cuda.synchronize() # this once
+            log.info(f'first optimizer step {time.perf_counter() - self.started:.1f} s after the start of the command')
+            hook.remove()
+        hook = optimizer.register_step_post_hook(tell)
+
     def fit(self, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False, rates:dict=None) -> Training:
         "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
         options, seed = self.options['training'], self.options['run'].seed
@@ -191,6 +200,7 @@ class Session:
         common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
         save_best = lambda m, scores: save_checkpoint(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
         save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
+        self.tell_first_step(t.optimizer)
         with tf32(options.tf32, self.device):
             fit(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)))
         self.step = t.step

@@ -154,7 +154,7 @@ def train(
                 rates=None if categories.categorical_lr is None else {'heads.target.conditioning.': categories.categorical_lr})
 
     predictor = load_predictor(load_checkpoint(session.folder.best))
-    scores = {part: score_part(session, part, ids, predictor, inputs, training.batch_size, session.device, log)
+    scores = {part: score_part(session, part, ids, predictor, inputs, training, log)
               for part, ids in dict(validation=parts.stop, test=parts.test).items() if ids}
     session.folder.write_json('scores.json', scores)
     session.record.close()
@@ -204,11 +204,11 @@ def warn_of_seen(log, pretrained:dict, parts):
         if n: log.warning(f'{n} of {len(ids)} {name} samples were in the pre-training of the encoder; use the same sample lists for both to keep them apart')
 
 # %% ../nbs/31_train.ipynb #c86887ff
-def score_part(session, part:str, ids, predictor, inputs, batch_size:int, device:str, log) -> dict:
+def score_part(session, part:str, ids, predictor, inputs, training, log) -> dict:
     "Scores, `<part>_predictions.tsv` and a picture."
     from aam.inference import prediction_frame
     target, frame = predictor.target, inputs.frame.loc[ids]
-    predicted, actual = predictor.predict(inputs.table, inputs.frame, ids, batch_size=batch_size, device=device), target.actual(frame)
+    predicted, actual = predictor.predict(inputs.table, inputs.frame, ids, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size, progress=True), target.actual(frame)
     short = {'validation': 'val'}.get(part, part)
     prediction_frame(target, ids, predicted, actual).to_csv(session.folder/f'{short}_predictions.tsv', sep='\t', index=False)
     scores = target.scores(actual, predicted)
