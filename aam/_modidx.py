@@ -322,6 +322,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.linear.identify': ('linear.html#identify', 'aam/linear.py'),
                             'aam.linear.known_asvs': ('linear.html#known_asvs', 'aam/linear.py'),
                             'aam.linear.linear_features': ('linear.html#linear_features', 'aam/linear.py'),
+                            'aam.linear.one_hot': ('linear.html#one_hot', 'aam/linear.py'),
                             'aam.linear.slot_weights': ('linear.html#slot_weights', 'aam/linear.py')},
             'aam.losses': { 'aam.losses.Objective': ('losses.html#objective', 'aam/losses.py'),
                             'aam.losses.Objective.losses': ('losses.html#objective.losses', 'aam/losses.py'),

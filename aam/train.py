@@ -170,7 +170,8 @@ def start_linear(head, data, known, fit, stop, goal, groups, seed, class_weights
     centre, scale = head.centre.numpy(), head.scale.numpy()
     y = data.target if goal.classes else (data.target - centre) / scale
     groups = None if groups is None else groups.fillna('').astype(str).to_numpy()
-    weights, bias, left_out = fit_linear(linear_features(data, fit), y[fit], linear_features(data, stop), y[stop], len(goal.classes or ()), groups, seed)
+    features = lambda samples: linear_features(data, samples, head.linear.sizes)
+    weights, bias, left_out = fit_linear(features(fit), y[fit], features(stop), y[stop], len(goal.classes or ()), groups, seed, sum(head.linear.sizes))
     if goal.classes:
         shift = -centre if class_weights is None else np.log(np.maximum(class_weights.numpy(), 1e-3)) - centre # weights act like more samples; the head adds log priors
         bias, left_out = bias + shift, left_out + shift
