@@ -69,7 +69,7 @@ class Target:
 
     def scores(self, actual, predicted) -> dict:
         "Scores of readable predictions, beside those of guessing."
-        if self.classes: return classification_scores(actual, predicted, self.classes, int(np.argmax(self.reference)))
+        if self.classes: return classification_scores(actual, predicted, self.classes, self.reference)
         scores = regression_scores(actual, self.point(predicted), self.reference, self.columns)
         return scores | quantile_scores(actual, predicted, self.quantiles, self.columns) if self.quantiles else scores
 
