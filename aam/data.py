@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'bucket', 'Draw', 'stack_rows', 'hide_asvs', 'SampleData', 'view_draw', 'limit_asvs', 'draw_views',
            'draws_to_csr', 'pair_distances', 'nucleotide_task', 'compact', 'make_batch', 'candidate_tensors',
-           'add_nucleotides', 'Plan', 'loader', 'all_distances']
+           'group_rows', 'token_tensors', 'Plan', 'loader', 'all_distances']
 
 # %% ../nbs/06_data.ipynb #690102b3
 import numpy as np
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from torch.utils.data import DataLoader
 
 from .table import Table, choose_asvs, draw_rng, relative_abundance, target_draw, unifrac_draw
-from .tokens import counter_hash, decode_tokens, encode_sequences, kmer_ids, mask_id, mask_strategies, sequence_keys, unknown_id
+from .tokens import counter_hash, decode_tokens, encode_sequences, kmer_ids, mask_id, mask_strategies, pad_id, sequence_keys, unknown_id
 from .unifrac import Branches, Distances, unifrac_distances
 
 # %% ../nbs/06_data.ipynb #59d267af
@@ -23,8 +23,8 @@ class Batch:
     "Distinct ASVs, the rows that index them, and what the tasks need."
     sample_ids:list # one per sample, (B,)
     views:tuple # names of the row groups, in row order
-    ragged:bool # do token rows differ in length?
-    tokens:torch.Tensor # nucleotide ids of the distinct token rows, uint8, (T, L)
+    groups:tuple # groups of token rows, those without padding first: rows, masked copies first among them, is there padding?
+    tokens:torch.Tensor # nucleotide ids of the distinct token rows and of masked copies, uint8, (T, L)
     token_row:torch.Tensor # token row of each distinct ASV, (U,)
     kmers:torch.Tensor # 6-mer ids of the full sequences, (U, Lk)
     asv_weight:torch.Tensor # 1 for an ASV, 0 for padding, (U,)
@@ -40,17 +40,12 @@ class Batch:
     candidate_weight:torch.Tensor=None # 1 for a candidate, 0 for padding, (B, C)
     candidate_present:torch.Tensor=None # 1 for hidden ASVs, 0 for impostors, (B, C)
     candidate_log_ratio:torch.Tensor=None # log(hidden) - mean log(visible), NaN for impostors, (B, C)
-    nuc_tokens:torch.Tensor=None # masked copies of some token rows, (M, L)
-    nuc_positions:torch.Tensor=None # masked bases, flat positions in nuc_tokens, (n,)
-    nuc_truth:torch.Tensor=None # the hidden base, 0-3 for ACGT, -100 for padding, (n,)
+    nuc_positions:torch.Tensor=None # masked bases, flat positions in the masked copies of all groups, (n,)
+    nuc_truth:torch.Tensor=None # the hidden base, 0-3 for ACGT, (n,)
     states:object=None # kept sample states of a frozen encoder, in place of all above
+    asvs_read:int=0 # slots of all rows that hold an ASV
 
     def __len__(self): return len(self.sample_ids)
-
-    @property
-    def asvs_read(self) -> int:
-        "Slots of all rows that hold an ASV."
-        return int((self.mask if self.states is None else self.states.mask).sum())
 
     def rows(self, view:str) -> slice:
         "The rows of `view`."
@@ -67,8 +62,8 @@ class Batch:
 
 # %% ../nbs/06_data.ipynb #a690f531
 def bucket(n:int, smallest:int=32) -> int:
-    "`n` rounded up to a multiple of an eighth of the power of two below it."
-    step = max(smallest, 2**(max(n - 1, 1).bit_length() - 4))
+    "`n` rounded up to a multiple of a 32nd of the power of two below it."
+    step = max(smallest, 2**(max(n - 1, 1).bit_length() - 6))
     return -(-n // step) * step
 
 # %% ../nbs/06_data.ipynb #a9f3cf5a
@@ -140,6 +135,7 @@ class SampleData:
         tokens = encode_sequences(sequences, self.max_bp)
         self.tokens, self.token_row = np.unique(tokens, axis=0, return_inverse=True)
         self.token_row = self.token_row.reshape(-1)
+        self.has_padding = (self.tokens == pad_id).any(1)
         self.keys = sequence_keys(decode_tokens(self.tokens))
         self.kmers = kmer_ids(encode_sequences(sequences)).astype(np.int16)
         self.position = {s: i for i, s in enumerate(self.table.sample_ids)}
@@ -191,11 +187,11 @@ def pair_distances(data:SampleData, samples, draws) -> np.ndarray: # (B, B)
 
 # %% ../nbs/06_data.ipynb #83d4bd42
 def nucleotide_task(data:SampleData, rows:np.ndarray, step:int):
-    "Masked copies of some token rows: which ones (M,), the copies (M, L), flat masked positions, true bases."
-    tokens, keys = data.tokens[rows], data.keys[rows]
-    lots = counter_hash(data.seed, step, keys)
-    chosen = (lots <= np.uint64(data.nuc_share * 2**63) * np.uint64(2)) | (lots == lots.min()) | data.mask_in_place
-    tokens, keys = tokens[chosen], keys[chosen]
+    "Masked copies of some token rows: which ones (M,), the copies (M, L), flat masked positions, true bases. Copies without padding come first."
+    lots = counter_hash(data.seed, step, data.keys[rows])
+    chosen = np.flatnonzero((lots <= np.uint64(data.nuc_share * 2**63) * np.uint64(2)) | (lots == lots.min()) | data.mask_in_place)
+    chosen = chosen[np.argsort(data.has_padding[rows[chosen]], kind='stable')]
+    tokens, keys = data.tokens[rows[chosen]], data.keys[rows[chosen]]
     masks = mask_strategies[data.nuc_mask_strategy](tokens, data.nuc_mask_ratio, keys, data.seed, step) & (tokens < unknown_id)
     positions = np.flatnonzero(masks)
     return chosen, np.where(masks, mask_id, tokens).astype(np.uint8), positions, tokens.reshape(-1)[positions].astype(np.int64) - 1
@@ -205,7 +201,7 @@ def compact(indices:np.ndarray, size:int, pad:bool):
     "Distinct `indices`, padded to a bucket if asked, the weights that tell padding, and a map from old to new."
     distinct = np.unique(indices)
     n = bucket(len(distinct)) if pad else max(len(distinct), 1)
-    padded = np.zeros(n, np.int64); padded[:len(distinct)] = distinct
+    padded = np.full(n, distinct[0] if len(distinct) else 0); padded[:len(distinct)] = distinct
     where = np.zeros(size, np.int64); where[distinct] = np.arange(len(distinct))
     return padded, (np.arange(n) < len(distinct)).astype(np.float32), where
 
@@ -230,18 +226,17 @@ def make_batch(
         limited['count'], candidates, present, ratios = zip(*[hide_asvs(d, r, data.prevalence) for d, r in zip(limited[full['base']], rngs)])
     draws = [d for v in views for d in limited[v]]
     asvs, asv_weight, new_asv = compact(np.concatenate([*[d.asvs for d in draws], *candidates]), len(data.token_row), data.pad_to_buckets)
-    rows, row_weight, new_row = compact(data.token_row[asvs], len(data.tokens), data.pad_to_buckets)
+    rows, row_of_asv = np.unique(data.token_row[asvs], return_inverse=True)
     width = max((len(d.asvs) for d in draws), default=1)
     index, mask = stack_rows([new_asv[d.asvs] for d in draws], np.int64, width=bucket(width) if data.pad_to_buckets else max(width, 1))
     abundance, _ = stack_rows([d.abundance for d in draws], np.float32, width=mask.shape[1])
     if candidates: extra |= candidate_tensors(new_asv, candidates, present, ratios)
-    tokens = data.tokens[rows]
-    if nucleotides: tokens, extra = add_nucleotides(data, tokens, rows[row_weight > 0], step, extra)
+    tokens, groups, place, extra = token_tensors(data, rows, nucleotides, step, extra)
     if data.target is not None: extra['target'] = torch.from_numpy(data.target[np.asarray(samples)])
     if data.categories is not None: extra['categories'] = torch.from_numpy(data.categories[np.asarray(samples)])
     if data.identity is not None: extra['identity'] = torch.from_numpy(data.identity[asvs])
     if data.offset is not None and training: extra['offset'] = torch.from_numpy(data.offset[np.asarray(samples)])
-    return Batch(ids, tuple(views), bool((tokens == 0).any()), *map(torch.from_numpy, (tokens, new_row[data.token_row[asvs]], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), **extra)
+    return Batch(ids, tuple(views), groups, *map(torch.from_numpy, (tokens, place[row_of_asv], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), asvs_read=int(mask.sum()), **extra)
 
 def candidate_tensors(new_asv, candidates, present, ratios) -> dict:
     "The count task as padded tensors."
@@ -250,16 +245,27 @@ def candidate_tensors(new_asv, candidates, present, ratios) -> dict:
                   candidate_log_ratio=stack_rows(ratios, np.float32, np.nan)[0])
     return {k: torch.from_numpy(v) for k, v in arrays.items()}
 
-def add_nucleotides(data:SampleData, tokens, rows, step, extra):
-    "The nucleotide task beside `tokens`, or, with `mask_in_place`, in them."
-    chosen, copies, positions, truth = nucleotide_task(data, rows, step)
-    if data.mask_in_place: tokens = np.concatenate([copies, tokens[len(copies):]])
-    elif data.pad_to_buckets:
-        copies = np.concatenate([copies, np.repeat(copies[:1], bucket(len(copies)) - len(copies), 0)])
-        n = bucket(len(positions)) - len(positions)
-        positions, truth = np.pad(positions, (0, n)), np.pad(truth, (0, n), constant_values=-100)
-    new = dict(nuc_positions=positions, nuc_truth=truth) | ({} if data.mask_in_place else dict(nuc_tokens=copies))
-    return tokens, extra | {k: torch.from_numpy(v) for k, v in new.items()}
+def group_rows(data:SampleData, rows, copied, copies, in_place:bool=False):
+    "Token rows (T, L) as groups without and with padding, `copies` of the rows `copied` first in each; the groups, and where each of `rows` stands: by itself or, `in_place`, as its copy."
+    parts, groups, place = [], [], np.zeros(len(rows), np.int64)
+    padding = data.has_padding[rows]
+    for ragged in (False, True):
+        own = np.flatnonzero((padding == ragged) & (not in_place))
+        masked = np.flatnonzero(padding[copied] == ragged)
+        start, n = sum(map(len, parts)), len(masked) + len(own)
+        if not n: continue
+        place[own] = start + len(masked) + np.arange(len(own))
+        if in_place: place[copied[masked]] = start + np.arange(len(masked))
+        group = np.concatenate([copies[masked], data.tokens[rows[own]]])
+        parts.append(np.concatenate([group, np.repeat(group[-1:], bucket(n) - n if data.pad_to_buckets else 0, 0)]))
+        groups.append((len(parts[-1]), len(masked), ragged))
+    return np.concatenate(parts), tuple(groups), place
+
+def token_tensors(data:SampleData, rows, nucleotides:bool, step:int, extra:dict):
+    "Token rows in groups, with the nucleotide task or without."
+    if not nucleotides: return *group_rows(data, rows, np.zeros(0, np.int64), data.tokens[:0]), extra
+    copied, copies, positions, truth = nucleotide_task(data, rows, step)
+    return *group_rows(data, rows, copied, copies, data.mask_in_place), extra | dict(nuc_positions=torch.from_numpy(positions), nuc_truth=torch.from_numpy(truth))
 
 # %% ../nbs/06_data.ipynb #43b145d6
 @dataclass

@@ -50,6 +50,7 @@ class Stack(nn.Module):
 
     def forward(self, x:Tensor, mask:Tensor=None) -> Tensor:
         for block in self.blocks:
+            for i in range(x.ndim - 1): torch._dynamo.maybe_mark_dynamic(x, i) # a compiled block serves any number of rows and positions
             if self.checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, mask, use_reentrant=False)
             else: x = block(x, mask)
         return x

@@ -111,15 +111,15 @@ class AveragedWeights:
     "Exponential moving average of a model's floating-point state."
     def __init__(self, model, decay:float):
         self.decay, self.steps = decay, 0
-        self.values = {k: v.detach().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+        self.live = {k: v for k, v in model.state_dict().items() if v.is_floating_point()} # the model's own tensors, listed once
+        self.values = {k: v.clone() for k, v in self.live.items()}
 
     @torch.no_grad()
-    def update(self, model):
+    def update(self):
         "Moves the average towards the present weights."
         self.steps += 1
         k = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        now = model.state_dict()
-        torch._foreach_lerp_(list(self.values.values()), [now[key] for key in self.values], k)
+        torch._foreach_lerp_(list(self.values.values()), list(self.live.values()), k)
 
     @contextmanager
     def swapped_in(self, model):

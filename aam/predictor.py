@@ -254,15 +254,8 @@ class Model(nn.Module):
         if 'unifrac' in batch.views:
             b = out['unifrac_embedding'] = self.heads['unifrac'].embed(encoded, batch.rows('unifrac'))
             out['unifrac'] = self.heads['unifrac'].distance(b, b)
-        if batch.nuc_positions is not None: out['nuc'] = self.heads['nuc'](self.masked_states(batch))
+        if batch.nuc_positions is not None: out['nuc'] = self.heads['nuc'](encoded.masked_bases)
         return out
-
-    def masked_states(self, batch) -> Tensor: # (n, D)
-        "States of the masked bases."
-        tokens = batch.tokens if batch.nuc_tokens is None else batch.nuc_tokens
-        chunks = tokens.split(self.encoder.asvs.chunk_size or len(tokens))
-        states = torch.cat([self.encoder.asvs.nucleotides(c, batch.ragged) for c in chunks])
-        return F.embedding(batch.nuc_positions, states.flatten(0, 1))
 
 # %% ../nbs/13_predictor.ipynb #10d96f48
 @torch.no_grad()

@@ -27,7 +27,7 @@ from .layers import RunningStandardise
 from .predictor import Model, prime
 from .run import RunFolder, find_resume, resumed_options, start_messages, write_messages_to
 from .states import KeptStates
-from .trainer import Training, Validation, compile_blocks, fit, pick_precision, train_step
+from .trainer import Training, Validation, compile_model, fit, pick_precision, train_step
 
 log = logging.getLogger('aam')
 
@@ -182,7 +182,7 @@ class Session:
         options, seed = self.options['training'], self.options['run'].seed
         self.choose_batch_size(model, objective, train, stop)
         if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
-        if self.compiled: compile_blocks(model)
+        if self.compiled: compile_model(model)
         t = Training(model, objective, train, stop, options, seed, self.device, rates=rates)
         if self.resumed:
             t.load_state_dict(self.resumed['training'])

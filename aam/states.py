@@ -46,4 +46,4 @@ class KeptStates:
         target = None if data.target is None else torch.from_numpy(data.target[samples])
         categories = None if data.categories is None else torch.from_numpy(data.categories[samples])
         offset = torch.from_numpy(data.offset[samples]) if data.offset is not None and self.training else None
-        return Batch([data.table.sample_ids[i] for i in samples], ('target',), False, *none, target=target, categories=categories, offset=offset, states=stack_states([self.states[i] for i in samples]))
+        return Batch([data.table.sample_ids[i] for i in samples], ('target',), (), *none, target=target, categories=categories, offset=offset, states=(states := stack_states([self.states[i] for i in samples])), asvs_read=int(states.mask.sum()))

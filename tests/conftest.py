@@ -16,7 +16,10 @@ class Commands:
     "Starts `aam` as a user does; `tiny` are options of a model that trains in a second."
     tiny, environment = tiny, environment
 
-    def start(self, *words, launcher=(str(installed),), env=None, **how):
+    module = (sys.executable, '-m', 'aam.cli')
+    usual = (str(installed),) if installed.exists() else module # where only the sources are, on a GPU machine
+
+    def start(self, *words, launcher=usual, env=None, **how):
         return subprocess.Popen([*launcher, *map(str, words)], env=environment | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
     def __call__(self, *words, fails=False, **how):
@@ -26,13 +29,11 @@ class Commands:
         assert fails or process.returncode == 0, f'{words}\n{process.out}\n{process.err}'
         return process
 
-    module = (sys.executable, '-m', 'aam.cli')
     torchrun = (str(installed.with_name('torchrun')), '--nproc_per_node=1', '-m', 'aam.cli')
 
 
 @pytest.fixture(scope='session')
 def aam():
-    if not installed.exists(): pytest.skip('the command aam is not installed')
     return Commands()
 
 

@@ -116,10 +116,12 @@ def test_duplicated_asvs_are_encoded_once(data):
     batch = make_batch(data, range(16), views, True)
     sequences = [s[:60] for s in data.table.sequences]
     rows = batch.index[batch.mask].unique()
-    assert len(batch.tokens) == len(batch.tokens.unique(dim=0)) and len(batch.kmers) == len(batch.token_row)
+    copies = sum(masked for _, masked, _ in batch.groups)
+    clean = batch.tokens[batch.token_row.unique()]
+    assert len(batch.tokens) == len(clean) + copies and len(clean) == len(clean.unique(dim=0)) and len(batch.kmers) == len(batch.token_row)
     present = np.unique(np.concatenate([data.table.row(i)[0] for i in range(16)]))
     assert len(rows) <= len(batch.token_row) <= len(data.table.sequences)
-    assert len(batch.tokens) <= len({sequences[a] for a in present} | {sequences[a] for a in range(len(sequences))})
+    assert len(clean) <= len({sequences[a] for a in present} | {sequences[a] for a in range(len(sequences))})
     plain = make_batch(data, range(16), ('target',))
     drawn = set()
     from aam.table import target_draw
@@ -174,7 +176,7 @@ def test_abundance_input(data):
 def test_local_view_and_wide_path(data):
     names = lambda **options: set(model_of(data, **options).state_dict())
     everything = names()
-    for switch, word in dict(local_view='.local.', wide_path='.wide.', standardise='asvs.standardise').items():
+    for switch, word in dict(local_view='.around.', wide_path='.wide.', standardise='asvs.standardise').items():
         less = names(**{switch: False})
         assert less < everything and not [n for n in less if word in n] and [n for n in everything if word in n], switch
 

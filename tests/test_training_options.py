@@ -18,7 +18,7 @@ from aam.optim import Schedule, optimizers
 from aam.predictor import Model, prime
 from aam.session import find_compiler, largest_batch, measured_batch_size, peak_memory, pick_compile, tf32
 from aam.table import make_table
-from aam.trainer import Training, autocast, compile_blocks, fit, train_step, validate
+from aam.trainer import Training, autocast, compile_model, fit, train_step, validate
 from aam.unifrac import Branches
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -313,7 +313,7 @@ def test_compiled_blocks_keep_their_names_and_results():
     "The graphs that would be compiled, run by PyTorch itself."
     t, plain = training(), training()
     names, graphs = list(t.model.state_dict()), []
-    compile_blocks(t.model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    compile_model(t.model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for _ in range(3):
         torch.testing.assert_close(train_step(t, [t.train.batch(0, 0)], Meter())[0], train_step(plain, [plain.train.batch(0, 0)], Meter())[0])
     assert graphs and list(t.model.state_dict()) == names and list(t.average.values) == list(plain.average.values)
@@ -330,7 +330,7 @@ def test_compile_on(aam, inputs, tmp_path):
 @gpu
 def test_compiled_on_a_gpu():
     t, plain = (training(device='cuda', mixed_precision='none') for _ in range(2))
-    compile_blocks(t.model)
+    compile_model(t.model)
     for _ in range(3):
         a, b = (train_step(x, [x.train.batch(0, 0)], Meter())[0] for x in (t, plain))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -364,6 +364,22 @@ def test_measured_batch_size():
     assert peak_memory(t.model, t.objective, t.train, t.options) > 0
 
 
+@pytest.mark.gpu
+@gpu
+def test_commands_on_a_gpu(aam, survey, inputs, tmp_path):
+    "Pre-train, train, freeze and predict on a GPU; what is predicted there and on the CPU agrees."
+    tiny, files = [w for w in aam.tiny if w not in ('--device', 'cpu')], ['--table', survey/'table.biom', '--tree', survey/'tree.nwk']
+    said = aam('pretrain', *files, '--output-dir', tmp_path/'pre', *tiny, '--epochs', 2, '--compile-model', 'on', '--mixed-precision', 'fp16', '--tf32', '--auto-batch-size')
+    assert json.loads((tmp_path/'pre'/'config.json').read_text())['options']['training']['batch_size'] == 32 and 'auto-batch-size: 32' in said.err # 38 samples to fit on
+    for name, more in dict(whole=['--compile-model', 'auto'], frozen=['--freeze-base']).items():
+        aam('train', *inputs, '--metadata-column', 'soil_ph', '--output-dir', tmp_path/name, *tiny, '--epochs', 2, '--pretrained-encoder', tmp_path/'pre'/'checkpoints'/'best_model.pt', *more)
+        expected = pd.read_csv(tmp_path/name/'val_predictions.tsv', sep='\t', index_col=0)
+        for device in 'cuda', 'cpu':
+            aam('predict', '--model', tmp_path/name/'checkpoints'/'best_model.pt', '--table', survey/'table.biom', '--output', tmp_path/f'{name}.{device}.tsv', '--device', device)
+            found = pd.read_csv(tmp_path/f'{name}.{device}.tsv', sep='\t', index_col=0).loc[expected.index]
+            assert (found.prediction - expected.prediction).abs().max() < 1e-5 * (expected.actual.max() - expected.actual.min()) * (1 if device == 'cuda' else 20)
+
+
 def test_num_workers():
     t = training(tasks=('target', 'count', 'unifrac', 'nuc'), batch_size=3)
     alone, helped = (list(loader(t.train, epoch=2, workers=n)) for n in (0, 2))
@@ -380,7 +396,8 @@ def test_num_workers():
 def test_masks(strategy, ratio):
     data = sample_data(nuc_mask_ratio=ratio, nuc_mask_strategy=strategy, nuc_share=.999)
     batch = make_batch(data, range(12), ('target',), nucleotides=True, step=3)
-    hidden = torch.zeros_like(batch.nuc_tokens, dtype=torch.bool)
+    copies = batch.tokens[:batch.groups[0][1]]
+    hidden = torch.zeros_like(copies, dtype=torch.bool)
     hidden.view(-1)[batch.nuc_positions] = True
     assert (hidden.sum(1) == round(40*ratio)).all() and len(hidden) >= 9
     stretches = (hidden & ~hidden.roll(1, 1)).sum(1).float().mean()
@@ -418,7 +435,7 @@ def test_unifrac_metric(metric):
 def test_weighted_head_learns_weighted_distances():
     data = sample_data(unifrac_metric='weighted')
     torch.manual_seed(0)
-    model = Model(EncoderOptions(**small, unifrac_metric='weighted'), ('unifrac',))
+    model = Model(EncoderOptions(**small | dict(unifrac_branches=64), unifrac_metric='weighted'), ('unifrac',))
     plan = Plan(data, list(range(12)), ('unifrac',), False, 12, training=True)
     prime(model, plan.batch(0, 0))
     spread = float(np.nanvar(plan.batch(0, 0).unifrac.numpy()))
