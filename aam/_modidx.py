@@ -526,6 +526,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aam.session.pick_compile': ('session.html#pick_compile', 'aam/session.py'),
                              'aam.session.pick_device': ('session.html#pick_device', 'aam/session.py'),
                              'aam.session.reachable': ('session.html#reachable', 'aam/session.py'),
+                             'aam.session.refuse_flash_attention': ('session.html#refuse_flash_attention', 'aam/session.py'),
                              'aam.session.tf32': ('session.html#tf32', 'aam/session.py'),
                              'aam.session.unifrac_variance': ('session.html#unifrac_variance', 'aam/session.py')},
             'aam.simulate': { 'aam.simulate.Community': ('simulate.html#community', 'aam/simulate.py'),

@@ -189,6 +189,9 @@ class Predictor:
             if n: log.warning(f'{n} of {len(sample_ids)} samples have no {name} that the model knows: predicted as unknown')
         return frame
 
-def load_predictor(state:dict) -> Predictor:
+def load_predictor(
+    state:dict, # of a train checkpoint
+    chunk_size:int=256, # ASVs encoded at a time; 0: all
+) -> Predictor:
     "The predictor in a train checkpoint."
-    return Predictor(build_model(state), Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'])
+    return Predictor(build_model(state, chunk_size=chunk_size), Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'])

@@ -258,7 +258,8 @@ def finish(session, task:Task, log):
     from aam.checkpoint import load_checkpoint
     from aam.inference import load_predictor
     from aam.run import Run
-    predictor, training = load_predictor(load_checkpoint(session.folder.best)), session.options['training']
+    training = session.options['training']
+    predictor = load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
     scores = {part: score_part(session, part, ids, predictor, task.inputs, training.batch_size, session.device, log)
               for part, ids in dict(validation=task.parts.stop, test=task.parts.test).items() if ids}
     session.folder.write_json('scores.json', scores)
