@@ -113,7 +113,7 @@ def peak_memory(model:Model, objective, plan:Plan, options, device:str='cuda') -
         model.zero_grad(set_to_none=True)
         model.load_state_dict(kept)
         for m in model.modules():
-            if isinstance(m, RunningStandardise): m.pending = None
+            if isinstance(m, RunningStandardise): m.pending.zero_()
 
 def measured_batch_size(model:Model, objective, train:Plan, options, device:str='cuda') -> int:
     "The batch size of `--auto-batch-size`: within 90 % of the memory that is free."
