@@ -348,7 +348,7 @@ class TrainingOptions(Options):
     gradient_accumulation_steps:Number(int, 1)=1 # batches summed into one optimizer step
     gradient_checkpointing:Flag=True # recompute activations in the backward pass to save memory
     asv_chunk_size:Number(int, 0)=256 # ASVs encoded at a time; 0: all at once
-    num_workers:Number(int, 0)=0 # processes that prepare batches
+    num_workers:Number(int, 0)=None # processes that prepare batches (without it: up to 4 beside a GPU, none beside a CPU)
     device:choice(device_names)='auto' # where to compute
     mixed_precision:choice(precision_names)=None # number format of matrix products (without it: bf16 on a GPU, none on a CPU)
     tf32:bool=False # let a GPU round fp32 matrix products to TF32 while training

@@ -18,14 +18,12 @@ class Block(nn.Module):
     def __init__(self,
         dim:int, # width D
         heads:int, # attention heads; divides `dim`
-        dropout:float=0., # on what each half adds
     ):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
-        self.dropout = nn.Dropout(dropout)
 
     def attend(self, x, mask):
         B, T, D = x.shape
@@ -36,23 +34,27 @@ class Block(nn.Module):
     def forward(self,
         x:Tensor, # (B, T, D)
         mask:Tensor=None, # True where a position is real, (B, T)
+        kept:Tensor=None, # factors of what each half adds, 0 where dropout drops it, (2, B, T, D)
     ) -> Tensor: # (B, T, D)
-        x = x + self.dropout(self.attend(self.attention_norm(x), mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        y = self.attend(self.attention_norm(x), mask)
+        x = x + (y if kept is None else y*kept[0])
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if kept is None else y*kept[1])
 
 # %% ../nbs/10_layers.ipynb #8b84698c
 class Stack(nn.Module):
     "`layers` blocks, one after the other."
     def __init__(self, dim:int, heads:int, layers:int, dropout:float=0., checkpointing:bool=False):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
-        self.checkpointing = checkpointing
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.checkpointing, self.dropout = checkpointing, dropout
 
     def forward(self, x:Tensor, mask:Tensor=None) -> Tensor:
         for block in self.blocks:
-            for i in range(x.ndim - 1): torch._dynamo.maybe_mark_dynamic(x, i) # a compiled block serves any number of rows and positions
-            if self.checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, mask, use_reentrant=False)
-            else: x = block(x, mask)
+            kept = F.dropout(x.new_ones(2, *x.shape), self.dropout) if self.training and self.dropout else None
+            torch._dynamo.maybe_mark_dynamic(x, 0) # a compiled block serves any number of rows
+            if self.checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, mask, kept, use_reentrant=False, preserve_rng_state=False)
+            else: x = block(x, mask, kept)
         return x
 
 # %% ../nbs/10_layers.ipynb #a197f90c
@@ -84,7 +86,7 @@ class RunningStandardise(nn.Module):
         self.register_buffer('mean', torch.zeros(dim))
         self.register_buffer('variance', torch.ones(dim))
         self.register_buffer('updates', torch.zeros(()))
-        self.pending = None # sums since the last update: weights, values, squares
+        self.register_buffer('pending', torch.zeros(3, dim), persistent=False) # sums since the last update: weights, values, squares
 
     def forward(self,
         x:Tensor, # (N, D)
@@ -97,21 +99,19 @@ class RunningStandardise(nn.Module):
     def _note(self, x, weight):
         # squares around the present mean: the common direction is far larger than the spread
         centred = x - self.mean
-        sums = torch.cat([weight.sum().expand(1, x.shape[1]), weight[None] @ centred, weight[None] @ centred.square()])
-        self.pending = sums if self.pending is None else self.pending + sums
+        self.pending += torch.cat([weight.sum().expand(1, x.shape[1]), weight[None] @ centred, weight[None] @ centred.square()])
 
     @torch.no_grad()
     def update(self):
         "Moves the statistics towards what was seen since the last update."
-        if self.pending is None: return
-        n, total, squares = self.pending
-        self.pending = None
+        n, total, squares = self.pending # no value decides what is done: a GPU need not be waited for
         shift = total / n.clamp_min(1)
         variance = (squares / n.clamp_min(1) - shift.square()).clamp_min(0)
-        self.updates += 1
-        k = (1/self.updates).clamp_min(self.slowest) * (n > 1)
+        self.updates += n[0] > 1
+        k = (1/self.updates.clamp_min(1)).clamp_min(self.slowest) * (n > 1)
         self.mean += k * shift
         self.variance += k * (variance - self.variance)
+        self.pending.zero_()
 
     @torch.no_grad()
     def restart(self):

@@ -32,11 +32,15 @@ def make_optimizer(
     lr:float,
     weight_decay:float,
     rates:dict=None, # other learning rates, by the beginning of parameter names
+    recorded:bool=False, # may its steps be recorded by CUDA? then its rates are tensors
 ):
     "The optimizer called `name` over the parameters of `model` that learn."
     groups = parameter_groups(model, lr, weight_decay, rates or {})
     more = dict(fused=True) if groups[0]['params'][0].is_cuda else {}
     if name == 'sgd': more['momentum'] = 0.9
+    if recorded:
+        for group in groups: group['lr'] = torch.tensor(group['lr'], device='cuda')
+        if name != 'sgd': more['capturable'] = True
     return optimizers[name](groups, lr=lr, **more)
 
 # %% ../nbs/22_optim.ipynb #203bb640
@@ -93,7 +97,10 @@ class Schedule:
     def apply(self, optimizer, step:int) -> float:
         "Sets the rates of `optimizer` for `step`; returns that of parameters without one of their own."
         share = self.share(step)
-        for group in optimizer.param_groups: group['lr'] = share * group['base']
+        for group in optimizer.param_groups:
+            rate = share * group['base']
+            if isinstance(group['lr'], torch.Tensor): group['lr'].fill_(rate) # read by a recorded step
+            else: group['lr'] = rate
         return share * self.options.lr
 
     def watch(self, loss:float):

@@ -269,5 +269,5 @@ def prime(model:Model, batch, loaded=()):
         model(batch)
         for m in fresh: m.restart()
     if 'unifrac' in batch.views and 'unifrac' not in loaded: model.heads['unifrac'].calibrate(model.encode(batch), batch.rows('unifrac'))
-    for m in statistics: m.pending = None # the first step is to count its own batch alone
+    for m in statistics: m.pending.zero_() # the first step is to count its own batch alone
     model.train(training)

@@ -42,7 +42,7 @@ def simulated_data(groups:int=4, seed:int=0) -> SampleData:
     table = make_table(counts, [f's{i:03}' for i in range(len(counts))], sequences)
     tree = yule_tree(len(table.sequences), rng)
     branches = make_branches(tree.tips, tree.parent, tree.length)
-    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=branches, pad_to_buckets=True)
+    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=branches)
 
 class Padded(nn.Module):
     "Every occurrence encoded for itself, padded to the token limit."

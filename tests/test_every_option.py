@@ -4,6 +4,7 @@ A few runs of the real command line, each with many options away from their defa
 One test per command and option then looks at what that option governs alone. What other files test thoroughly is listed in `elsewhere`."""
 import argparse
 import json
+import logging
 import math
 import multiprocessing
 import re
@@ -289,6 +290,25 @@ def test_compile_model_needs_a_compiler(place, tmp_path, monkeypatch, capsys, co
     assert 'module load gcc' in capsys.readouterr().err and not (tmp_path/'run').exists()
 
 
+def test_rocm(place, tmp_path, monkeypatch, capsys, caplog):
+    "Where PyTorch is built for ROCm, compiling is refused and attention runs without the flash kernels, each with a line that says why."
+    from aam.session import pick_device
+    flash, log = torch.backends.cuda.flash_sdp_enabled(), logging.getLogger('aam')
+    monkeypatch.setattr(torch.version, 'hip', '6.3.0')
+    for command in 'pretrain', 'train':
+        assert main([command, *place(files[command] + ' ' + base), '--compile-model', 'on', '--output-dir', str(tmp_path/'run')]) == 2
+        assert '--compile-model on: not supported with ROCm (6.3.0)' in capsys.readouterr().err and not (tmp_path/'run').exists()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(log, 'propagate', True)
+    caplog.set_level('INFO', 'aam')
+    try:
+        assert pick_device('cpu') == 'cpu' and torch.backends.cuda.flash_sdp_enabled() == flash
+        assert pick_device('auto') == 'cuda' and not torch.backends.cuda.flash_sdp_enabled()
+        assert [m for m in caplog.messages if 'flash' in m] == ['attention without the flash kernels: they are not available with ROCm (6.3.0) on these GPUs']
+        assert torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 2, 4, 8)).isfinite().all()
+    finally: torch.backends.cuda.enable_flash_sdp(flash)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 @pytest.mark.parametrize('command', ['pretrain', 'train', 'predict'])
 def test_device(runs, place, tmp_path, capsys, command):
@@ -310,7 +330,7 @@ def test_best_metric(place, tmp_path, metric):
     classes, other = metric in ('accuracy', 'f1'), 'val_loss' if metric != 'val_loss' else 'mae'
     column = '--metadata-column habitat --classifier' if classes else '--metadata-column soil_moisture --loss-type ' + ('mae' if metric == 'r2' else 'mse')
     given = place(f'--table SURVEY/table.biom --metadata SURVEY/metadata.tsv {column} {width} --penalty 0 --nuc-penalty 0 --count-penalty 0 --no-linear-start --val-prediction-passes 1')
-    run_command(['train', *given, '--lr', '0.05', '--average-decay', '0', '--epochs', '12', '--patience', '12', '--best-metric', metric, '--output-dir', str(tmp_path/'run')])
+    run_command(['train', *given, '--lr', '0.1' if metric == 'r2' else '0.05', '--average-decay', '0', '--epochs', '12', '--patience', '12', '--best-metric', metric, '--output-dir', str(tmp_path/'run')])
     r = Files(tmp_path/'run')
     assert r.best['epoch'] == epochs_by(r, metric) != epochs_by(r, other)
     scores = json.loads((tmp_path/'run'/'scores.json').read_text())['validation']

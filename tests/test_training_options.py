@@ -1,6 +1,5 @@
 "Each option of training does what it says: one test per option, that would fail if the option were ignored."
 import json
-import logging.handlers
 import math
 import os
 
@@ -18,7 +17,7 @@ from aam.losses import Objective
 from aam.monitor import Meter, Record
 from aam.optim import AveragedWeights, Schedule, optimizers
 from aam.predictor import Model, prime
-from aam.session import find_compiler, largest_batch, measured_batch_size, peak_memory, pick_compile, pick_device, tf32
+from aam.session import find_compiler, largest_batch, measured_batch_size, peak_memory, pick_compile, tf32
 from aam.table import make_table
 from aam.trainer import Training, autocast, compile_model, fit, train_step, validate
 from aam.unifrac import Branches
@@ -324,22 +323,6 @@ def test_compile_choices(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, 'hip', '6.3.0')
     assert not pick_compile('auto', 'cuda')
     with pytest.raises(AamError, match='ROCm'): pick_compile('on', 'cuda')
-
-
-def test_flash_attention_is_off_on_rocm(monkeypatch):
-    "And a line says so; with CUDA, and on a CPU, it stays."
-    said, before, log = logging.handlers.MemoryHandler(99, logging.CRITICAL), torch.backends.cuda.flash_sdp_enabled(), logging.getLogger('aam')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(log, 'handlers', [said])
-    log.setLevel(logging.INFO)
-    try:
-        for hip, device, on in (None, 'auto', True), ('6.3.0', 'cpu', True), ('6.3.0', 'auto', False), ('6.3.0', 'cuda', False):
-            torch.backends.cuda.enable_flash_sdp(True)
-            said.buffer.clear()
-            monkeypatch.setattr(torch.version, 'hip', hip)
-            assert pick_device(device) == ('cpu' if device == 'cpu' else 'cuda') and torch.backends.cuda.flash_sdp_enabled() == on
-            assert [r.getMessage().split(' on these GPUs')[0] for r in said.buffer] == ([] if on else ['flash attention: off, not available with ROCm (6.3.0)'])
-    finally: torch.backends.cuda.enable_flash_sdp(before)
 
 
 def test_compiled_blocks_keep_their_names_and_results():
