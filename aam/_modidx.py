@@ -334,6 +334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'aam.linear': { 'aam.linear.LinearPath': ('linear.html#linearpath', 'aam/linear.py'),
                             'aam.linear.LinearPath.__init__': ('linear.html#linearpath.__init__', 'aam/linear.py'),
                             'aam.linear.LinearPath.forward': ('linear.html#linearpath.forward', 'aam/linear.py'),
+                            'aam.linear.LinearPath.of_categories': ('linear.html#linearpath.of_categories', 'aam/linear.py'),
                             'aam.linear.LinearPath.set': ('linear.html#linearpath.set', 'aam/linear.py'),
                             'aam.linear._logistic': ('linear.html#_logistic', 'aam/linear.py'),
                             'aam.linear._loss': ('linear.html#_loss', 'aam/linear.py'),

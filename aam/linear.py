@@ -85,6 +85,10 @@ class LinearPath(nn.Module):
         for buffer, values in ((self.abundance_weight[1:], abundance), (self.presence_weight[1:], presence), (self.bias, bias)):
             buffer.copy_(torch.as_tensor(values, dtype=torch.float32))
 
+    def of_categories(self, categories:Tensor): # (B, C) -> (B, O)
+        "What the categories add."
+        return self.category_weight[torch.arange(len(self.sizes), device=categories.device), categories].sum(1) if self.sizes else 0.
+
     def forward(self,
         identity:Tensor, # number of the ASV in each slot, (B, S)
         abundance:Tensor, # (B, S)
@@ -92,8 +96,7 @@ class LinearPath(nn.Module):
         categories:Tensor=None, # value of each categorical column, 0 unknown, (B, C)
     ) -> Tensor: # (B, O)
         a, p = slot_weights(abundance.float(), mask.float())
-        of_categories = self.category_weight[torch.arange(len(self.sizes), device=categories.device), categories].sum(1) if self.sizes else 0.
-        return self.bias + of_categories + (a[..., None] * F.embedding(identity, self.abundance_weight) + p[..., None] * F.embedding(identity, self.presence_weight)).sum(1)
+        return self.bias + self.of_categories(categories) + (a[..., None] * F.embedding(identity, self.abundance_weight) + p[..., None] * F.embedding(identity, self.presence_weight)).sum(1)
 
 # %% ../nbs/09_linear.ipynb #a5c94c3d
 def _ridge(X, y, strength):
