@@ -3,11 +3,13 @@
 A few runs of the real command line, each with many options away from their defaults, are watched from outside (PyTorch's hooks, the files of the run).
 One test per command and option then looks at what that option governs alone. What other files test thoroughly is listed in `elsewhere`."""
 import argparse
+import io
 import json
 import logging
 import math
 import multiprocessing
 import re
+import sys
 import types
 from pathlib import Path
 
@@ -451,3 +453,18 @@ def test_no_option_is_without_a_test(command):
     for option in shown - own:
         file, test = places[option].split('::')
         assert re.search(rf'^def {test}\(', (here/file).read_text(encoding='utf-8'), re.M), places[option]
+
+
+# ---- what the terminal shows
+
+@pytest.mark.parametrize('command,more,labels', [('pretrain', '', 'TL LR UL NL NA'), ('train', '', 'TL LR RL UL'), ('train', '--classifier --metadata-column habitat', 'TL LR CL UL')], ids=['pretraining', 'regression', 'classification'])
+def test_progress_labels_are_those_of_the_guide(place, tmp_path, monkeypatch, command, more, labels):
+    "As a terminal gets them, step by step; without one there is no bar."
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    given = place(files[command].replace('--metadata-column soil_ph', '--metadata-column soil_ph' if not more else '') + f' {width} --epochs 1 {more}')
+    run_command([command, *given, '--output-dir', str(tmp_path/'run')])
+    shown = re.findall(r'(?:it/s|s/it), ((?:[A-Z]{2} \S+(?:, |\]))+)', terminal.getvalue())
+    assert len(shown) >= 4 and {' '.join(re.findall(r'([A-Z]{2}) [\d.e+%-]+', text)) for text in shown} == {labels}, terminal.getvalue()[-500:]
