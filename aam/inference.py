@@ -73,7 +73,7 @@ class Target:
 
     def scores(self, actual, predicted) -> dict:
         "Scores of readable predictions, beside those of guessing."
-        if self.classes: return classification_scores(actual, predicted, self.classes, int(np.argmax(self.reference)))
+        if self.classes: return classification_scores(actual, predicted, self.classes, self.reference)
         scores = regression_scores(actual, self.point(predicted), self.reference, self.columns)
         return scores | quantile_scores(actual, predicted, self.quantiles, self.columns) if self.quantiles else scores
 
@@ -273,6 +273,9 @@ class Predictor:
             if n: log.warning(f'{n} of {len(sample_ids)} samples have no {name} that the model knows: predicted as unknown')
         return frame
 
-def load_predictor(state:dict) -> Predictor:
+def load_predictor(
+    state:dict, # of a train checkpoint
+    chunk_size:int=256, # ASVs encoded at a time; 0: all
+) -> Predictor:
     "The predictor in a train checkpoint."
-    return Predictor(build_model(state), Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'])
+    return Predictor(build_model(state, chunk_size=chunk_size), Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'])

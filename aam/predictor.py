@@ -142,7 +142,7 @@ class TargetHead(nn.Module):
         if self.wide is not None:
             self.sums_standardise, self.sums_dropout = RunningStandardise(2*W), nn.Dropout(options.dropout)
             for w in self.wide: nn.init.zeros_(w.weight)
-        self.linear = LinearPath(known, outputs) if known else None
+        self.linear = LinearPath(known, outputs, [len(values) for values in (vocabulary or {}).values()]) if known else None
         if known: nn.init.zeros_(self.deep[-1].weight); nn.init.zeros_(self.deep[-1].bias)
         self.conditioning = Conditioning(categories, vocabulary, D, options.attention_heads, outputs) if vocabulary else None
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
@@ -180,6 +180,7 @@ class TargetHead(nn.Module):
 
     def standardised(self, x:SampleStates, offset:Tensor=None, categories:Tensor=None) -> Tensor: # (B, O) or (B, O, Q)
         "All paths together, before scale and link."
+        told = categories
         if self.conditioning is not None:
             categories = self.conditioning.unknown(categories)
             x = replace(x, states=self.conditioning.fuse(x.states, x.mask, categories))
@@ -191,7 +192,7 @@ class TargetHead(nn.Module):
             for i, w in enumerate(self.wide): out = out + w(sums[:, i]).float()
         if self.quantiles is not None: out = self.quantiles(out.unflatten(1, (-1, len(self.quantiles.levels))))
         if self.linear is not None:
-            linear = self.linear(x.identity, x.abundance, x.mask) if offset is None else offset
+            linear = self.linear(x.identity, x.abundance, x.mask, categories) if offset is None else offset + self.linear.of_categories(categories) - self.linear.of_categories(told) # what is hidden is hidden here too
             if self.link.low: linear = self.standardise(self.centre + self.scale*linear)
             out = out + (linear if self.quantiles is None else linear[..., None])
         return out if self.conditioning is None else self.conditioning.scale(out, categories)

@@ -114,6 +114,19 @@ def test_unknown_rows_are_trained_by_dropping_categories(states):
     assert head.conditioning.scaling.shift.grad[0].abs().max() == 0
 
 
+def test_a_dropped_category_leaves_the_linear_path_too(states):
+    "Or the other paths would learn what is left over when it is known, and be asked when it is not."
+    torch.manual_seed(0)
+    head = TargetHead(EncoderOptions(**width, dropout=0.), 1, known=3, categories=options(), vocabulary=vocabulary).train()
+    head.linear.category_weight.normal_()[:, 0] = 0
+    offset, outputs = torch.randn(4, 1), []
+    for share in 0., 1.:
+        head.conditioning.unknown.share = share
+        outputs.append(head.standardised(states, offset, ids)) # concat starts as if there were no categories
+    torch.testing.assert_close(outputs[0] - outputs[1], head.linear.of_categories(ids))
+    assert (outputs[0] - outputs[1]).abs().min(0).values > 0
+
+
 def test_vocabulary_of_numbers():
     frame = pd.DataFrame(dict(plate=['2', '10', None, '1.0']), index=list('abcd'), dtype='str')
     words = category_vocabulary(frame.iloc[:3], ['plate'])
@@ -202,7 +215,7 @@ def test_predict_says_what_training_said(aam, survey, tmp_path, fusion):
     frame.to_csv(tmp_path/'metadata.tsv', sep='\t', index=False)
     (tmp_path/'val.txt').write_text('\n'.join(held) + '\n')
     out = run(survey, tmp_path/'run', metadata=tmp_path/'metadata.tsv', val_samples=tmp_path/'val.txt', categorical_columns='season,plate', categorical_fusion=fusion,
-              conditional_output_scaling='plate', linear_start=False)
+              conditional_output_scaling='plate', linear_start=fusion in ('concat', 'gmu'))
     state = load_checkpoint(out.paths['best_model'])
     assert 'monsoon' not in state['vocabulary']['season'] and state['vocabulary']['plate'] == ['1', '2', '3']
     assert build_model(state).categories.categorical_fusion == fusion
@@ -216,6 +229,21 @@ def test_predict_says_what_training_said(aam, survey, tmp_path, fusion):
     shuffled['season'] = shuffled.season.map(dict(zip(state['vocabulary']['season'], np.roll(state['vocabulary']['season'], 1)))).fillna('winter')
     other = load_predictor(state).predict(read_table(survey/'table.biom'), shuffled, list(said.index))[:, 0]
     assert np.abs(other - said.prediction).max() > 1e-5
+
+
+def test_linear_path_reads_categories(survey, tmp_path):
+    "A target that depends on a category alone; fitted out of fold; an unknown category adds nothing."
+    frame, rng = pd.read_csv(survey/'metadata.tsv', sep='\t', dtype=str, keep_default_na=False), np.random.default_rng(0)
+    meter = rng.integers(0, 3, len(frame))
+    frame['meter'], frame['reading'] = np.array(['a', 'b', 'c'])[meter], (np.array([0., 1., 5.])[meter] + rng.normal(0, .1, len(frame))).round(4)
+    frame.to_csv(tmp_path/'metadata.tsv', sep='\t', index=False)
+    told, blind = (run(survey, tmp_path/name, metadata=tmp_path/'metadata.tsv', column='reading', epochs=1, lr=1e-12, **more) for name, more in dict(told=dict(categorical_columns='meter'), blind={}).items())
+    assert told.scores['validation']['r2'] > .9 and blind.scores['validation']['r2'] < .5
+    weight = load_checkpoint(told.paths['best_model'])['weights']['heads.target.linear.category_weight']
+    assert weight.shape == (1, 4, 1) and weight[0, 0] == 0 and weight[0, 3] > weight[0, 2] > weight[0, 1]
+    other = read_metadata(tmp_path/'metadata.tsv').assign(meter='never seen')
+    unknown = told.model.predict(read_table(survey/'table.biom'), other)[:, 0]
+    assert np.ptp(unknown) < 2 and 1 < unknown.mean() < 3          # near the mean of the three
 
 
 def test_predict_needs_the_columns(aam, survey, tmp_path):

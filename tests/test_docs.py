@@ -198,7 +198,6 @@ def test_processed_modules_document_what_they_export(processed):
         assert defined & set(exported) <= shown, f"{path.name}: {sorted(defined & set(exported) - shown)}"
 
 
-@pytest.mark.slow
 def test_cells_that_import_do_nothing_else():
     "nbdev-proc-nbs runs every cell with an import, alone: what else is in it may lack what it needs."
     mixed = []

@@ -5,15 +5,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn import metrics as sk
 from sklearn.metrics import log_loss, mean_pinball_loss
 from sklearn.utils.class_weight import compute_class_weight
 
 from aam.checkpoint import load_checkpoint
 from aam.cli import main
+from aam.config import target_transform_names
 from aam.inference import load_predictor
+from aam.metrics import shown_names
 from aam.predict import predict
 from aam.table import read_table
 from aam.train import train
+from aam.transforms import TargetTransform
 
 torch.set_num_threads(1)
 tiny = dict(embedding_dim=16, attention_layers=1, attention_heads=2, kmer_dim=8, max_bp=40, device='cpu', epochs=1, lr=1e-2, penalty=0, nuc_penalty=0, count_penalty=0,
@@ -191,6 +195,34 @@ def test_out_dim_that_agrees(run):
     assert list(validated(run('rare', classifier=True, out_dim=2)).filter(like='p_')) == ['p_common', 'p_rare']
 
 
+def test_scores_stand_beside_guessing(run, folder):
+    "scores.json and the line on the terminal, recomputed with scikit-learn from val_predictions.tsv."
+    r = run('rare', classifier=True)
+    frame, names = validated(r), ['common', 'rare']
+    fitted = read(folder/'metadata.tsv').rare[(r.folder/'train_samples.txt').read_text().split()]
+    shares, truth = [(fitted == n).mean() for n in names], (frame.actual == 'rare').astype(int)
+    scores, said = json.loads((r.folder/'scores.json').read_text())['validation'], (r.folder/'training.log').read_text()
+    for prefix, p in {'': frame[['p_common', 'p_rare']].to_numpy(), 'majority_': np.tile(shares, (len(frame), 1))}.items():
+        p = p/p.sum(1, keepdims=True)
+        called = p.argmax(1)
+        confidence, bins = p.max(1), np.digitize(p.max(1), np.linspace(0, 1, 11), right=True)
+        wanted = dict(accuracy=sk.accuracy_score(truth, called), balanced_accuracy=sk.balanced_accuracy_score(truth, called), auroc=sk.roc_auc_score(truth, p[:, 1]), log_loss=sk.log_loss(truth, p),
+                      mcc=sk.matthews_corrcoef(truth, called), calibration_error=sum((bins == b).mean()*abs((called == truth)[bins == b].mean() - confidence[bins == b].mean()) for b in set(bins)),
+                      **{k: f(truth, called, average='macro', zero_division=0) for k, f in dict(precision=sk.precision_score, recall=sk.recall_score, f1=sk.f1_score).items()})
+        for name, value in wanted.items(): np.testing.assert_allclose(scores[prefix + name], value, atol=1e-6, err_msg=prefix + name)
+    for name, label in shown_names.items():
+        if name in wanted: assert f"{label} {scores[name]:.3f} ({scores['majority_' + name]:.3f})" in said
+    r = run('age,weight')
+    frame, scores, said = validated(r), json.loads((r.folder/'scores.json').read_text())['validation'], (r.folder/'training.log').read_text()
+    for c in 'age', 'weight':
+        known = frame.dropna(subset=f'actual_{c}')
+        truth, mean = known[f'actual_{c}'], training_values(r, folder, c).mean()
+        for prefix, p in {'': known[f'prediction_{c}'], 'mean_': np.full(len(known), mean)}.items():
+            wanted = dict(r2=sk.r2_score(truth, p), mae=sk.mean_absolute_error(truth, p), mse=sk.mean_squared_error(truth, p), rmse=sk.mean_squared_error(truth, p)**.5)
+            for name, value in wanted.items(): np.testing.assert_allclose(scores[f'{prefix}{name}_{c}'], value, rtol=1e-6)
+        assert f"{c}: R2 {scores[f'r2_{c}']:.3f} ({scores[f'mean_r2_{c}']:.3f}), MAE {scores[f'mae_{c}']:.4g} ({scores[f'mean_mae_{c}']:.4g})" in said
+
+
 @pytest.fixture
 def predicted(survey, folder, tmp_path):
     "A function that runs `aam predict` and returns its table."
@@ -231,6 +263,25 @@ def test_predict_agrees(run, predicted, folder, mode):
         assert list(found) == [f'{kind}_{c}' for c in ('age', 'weight') for kind in ('prediction', 'q0.1', 'q0.5', 'q0.9')]
         stop = (folder/'stop.txt').read_text().split()
         assert 'west' not in set(read(folder/'metadata.tsv').region.drop(stop)) and found.loc[stop].notna().all(axis=None)
+
+
+@pytest.mark.parametrize('name', target_transform_names)
+def test_transform_of_the_targets(run, predicted, folder, name):
+    "The model learns on the scale of this transform, fitted on the training samples; and predict goes all the way back."
+    r = run('age', target_transform=name, **(dict(normalize_by='region') if name == 'zscore-category' else {}))
+    fitted = training_values(r, folder, 'age')
+    logged = np.log1p(fitted) if name.startswith('log') else fitted
+    if name == 'zscore-category': groups = logged.groupby(read(folder/'metadata.tsv').region[logged.index])
+    low, high = {'none': (fitted.min(), fitted.max()), 'zscore-category': ((logged - groups.transform('mean'))/groups.transform('std', ddof=0)).agg(['min', 'max']) if name == 'zscore-category' else None,
+                 **dict.fromkeys(('minmax', 'log-minmax'), (0, 1)), **dict.fromkeys(('zscore', 'log-zscore'), ((logged - logged.mean())/logged.std(ddof=0)).agg(['min', 'max']))}[name]
+    state = load_checkpoint(r.paths['best_model'])
+    transform = TargetTransform.from_dict(state['target']['transform'])
+    scale = transform.encode(fitted.to_numpy()[:, None], read(folder/'metadata.tsv').region[fitted.index].to_numpy())
+    np.testing.assert_allclose([scale.min(), scale.max()], [low, high], atol=1e-9)
+    np.testing.assert_allclose([float(state['weights']['heads.target.centre'][0]), float(state['weights']['heads.target.scale'][0])], [scale.mean(), scale.std()], rtol=1e-5, atol=1e-6)
+    found = predicted(r, **(dict(metadata=folder/'metadata.tsv') if name == 'zscore-category' else {}))
+    expect_same(r, found)
+    assert found.prediction.between(fitted.min() - np.ptp(fitted), fitted.max() + np.ptp(fitted)).all()
 
 
 def test_passes_and_variance(run, predicted):

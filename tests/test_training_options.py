@@ -4,6 +4,7 @@ import math
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -14,7 +15,7 @@ from aam.config import AamError, EncoderOptions, TrainingOptions, build_options,
 from aam.data import Plan, SampleData, draws_to_csr, loader, make_batch, view_draw
 from aam.losses import Objective
 from aam.monitor import Meter, Record
-from aam.optim import Schedule, optimizers
+from aam.optim import AveragedWeights, Schedule, optimizers
 from aam.predictor import Model, prime
 from aam.session import find_compiler, largest_batch, measured_batch_size, peak_memory, pick_compile, tf32
 from aam.table import make_table
@@ -201,6 +202,21 @@ def test_max_grad_norm(limit):
     moved = math.sqrt(sum(float((p - b).detach().square().sum()) for p, b in zip(t.model.parameters(), before)))
     assert norm > .01
     assert math.isclose(moved, limit or float(norm), rel_tol=1e-2)
+
+
+@pytest.mark.parametrize('decay', [0., .3, .9])
+def test_averaged_weights(decay):
+    "An exponential mean whose decay grows to `average_decay`, against NumPy."
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    average, expected = AveragedWeights(model, decay), model.weight.detach().numpy().copy()
+    for step in range(1, 30):
+        with torch.no_grad(): model.weight.add_(torch.randn(2, 3))
+        average.update()
+        d = min(decay, (1 + step)/(10 + step))
+        expected = d*expected + (1 - d)*model.weight.detach().numpy()
+    with average.swapped_in(model): np.testing.assert_allclose(model.weight.detach(), expected, rtol=1e-4, atol=1e-6)
+    assert np.allclose(model.weight.detach(), expected, rtol=1e-4, atol=1e-6) == (decay == 0)
 
 
 # ---- accumulation
