@@ -47,9 +47,9 @@ def pad_tensor(x:Tensor, axis:int, size:int, fill) -> Tensor:
 
 def pad_rows(batch:Batch, rows:list, masked:list) -> Batch:
     "`batch` with as many token rows in each group as `rows` says, of which the first `masked` count as masked copies."
-    parts, start, first, base, shift, lift = [], 0, 0, 0, torch.zeros_like(batch.token_row), None
+    parts, start, first, shift, lift = [], 0, 0, torch.zeros_like(batch.token_row), None
     if batch.nuc_positions is not None: lift = torch.zeros_like(batch.nuc_positions)
-    for (n, copies, ragged), more, most in zip(batch.groups, rows, masked):
+    for (n, copies, _), more, most in zip(batch.groups, rows, masked):
         part = batch.tokens[start:start + n]
         parts.append(torch.cat([part, part[-1:].expand(more - n, -1)]))
         start, first = start + n, first + copies

@@ -6,7 +6,7 @@ A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 ba
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
 The baseline encodes every occurrence, padded to --token-limit 1024, by `torch.nn.TransformerEncoder` in chunks of 256 with checkpointing, at the same precision.
 """
-import argparse, statistics, time, warnings
+import argparse, statistics, time
 import numpy as np
 import torch
 import torch.nn as nn
