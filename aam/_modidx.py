@@ -313,6 +313,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aam.inference.predict_outputs': ('inference.html#predict_outputs', 'aam/inference.py'),
                                'aam.inference.predict_samples': ('inference.html#predict_samples', 'aam/inference.py'),
                                'aam.inference.prediction_frame': ('inference.html#prediction_frame', 'aam/inference.py'),
+                               'aam.inference.send': ('inference.html#send', 'aam/inference.py'),
                                'aam.inference.storage_device': ('inference.html#storage_device', 'aam/inference.py')},
             'aam.inputs': { 'aam.inputs.Inputs': ('inputs.html#inputs', 'aam/inputs.py'),
                             'aam.inputs.Inputs.drop': ('inputs.html#inputs.drop', 'aam/inputs.py'),

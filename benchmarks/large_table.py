@@ -1,9 +1,10 @@
 """A large table: time and peak memory of simulating, writing, loading, preparing and rarefying it, each stage in a process of its own.
 
-    python benchmarks/large_table.py [--samples 100000] [--asvs 500000] [--richness 300] [--folder runs/large] [--rival]
+    python benchmarks/large_table.py [--samples 100000] [--asvs 500000] [--richness 300] [--matrix 20000] [--folder runs/large] [--rival]
 
 `load` is `read_table`; `prepare` makes what batches are made from (tokens, 6-mers, keys); `rarefy` draws every sample at one depth; `batch` makes batches of 8.
 With --rival, `biom.load_table` and `np.unique(axis=0)`, which this replaced, do the same with the same file. Peak memory is that of the whole process (`ru_maxrss`), imports included.
+`matrix` is a file of UniFrac-like distances between --matrix samples (4 bytes each): writing, opening with all checks, and looking up batches of 8.
 The stages are checked against each other: what was loaded has the reads, sequences and samples that were written.
 """
 import argparse, json, resource, subprocess, sys, time
@@ -65,7 +66,28 @@ def rival(path, args, clock):
     clock('np.unique')
     return facts(table)
 
-parts = dict(write=write, load=load, rival=rival)
+def write_matrix(path, args, clock):
+    import h5py
+    from scipy.spatial.distance import cdist
+    points, ids = np.random.default_rng(0).random((args.matrix, 3)), [f's{i:07}' for i in range(args.matrix)]
+    with h5py.File(path.with_name('matrix.h5'), 'w') as f:
+        f['order'] = np.array(ids, dtype=h5py.string_dtype())
+        stored = f.create_dataset('matrix', (args.matrix, args.matrix), 'f4')
+        for i in range(0, args.matrix, 1000): stored[i:i + 1000] = cdist(points[i:i + 1000], points)
+    clock('write', f'{4*args.matrix**2/2**30:.2f} GB')
+    return None
+
+def matrix(path, args, clock):
+    from aam.unifrac import read_distances
+    clock('import')
+    distances = read_distances(path.with_name('matrix.h5'))
+    clock('open', 'kept in memory' if isinstance(distances.matrix, np.ndarray) else 'stays in the file')
+    rng = np.random.default_rng(1)
+    for _ in range(1000): distances.align([distances.sample_ids[i] for i in rng.integers(0, args.matrix, 8)])
+    clock('look up', '1,000 batches of 8')
+    return None
+
+parts = dict(write=write, load=load, rival=rival, write_matrix=write_matrix, matrix=matrix)
 
 def run_part(name, path, args):
     "Runs a part here; prints a JSON line for each stage and one for the facts."
@@ -81,17 +103,17 @@ def measure(names, path, args) -> tuple:
     "Stages of the parts `names`, each part in a fresh process, and their facts."
     stages, found = [], []
     for name in names:
-        command = [sys.executable, __file__, '--part', name, '--folder', str(path.parent), '--samples', str(args.samples), '--asvs', str(args.asvs), '--richness', str(args.richness)]
+        command = [sys.executable, __file__, '--part', name, '--folder', str(path.parent), '--samples', str(args.samples), '--asvs', str(args.asvs), '--richness', str(args.richness), '--matrix', str(args.matrix)]
         lines = [json.loads(line) for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()]
         for line in lines[:-1]: show(line); stages.append(line)
         found.append(lines[-1]['facts'])
     return stages, found
 
-def show(s): print(f"{s['part']:<8} {s['stage']:<10} {s['seconds']:8.1f} s   peak {s['peak_gb']:6.2f} GB   {s['note']}", flush=True)
+def show(s): print(f"{s['part']:<12} {s['stage']:<10} {s['seconds']:8.1f} s   peak {s['peak_gb']:6.2f} GB   {s['note']}", flush=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--samples', type=int, default=100_000); p.add_argument('--asvs', type=int, default=500_000); p.add_argument('--richness', type=int, default=300)
+    p.add_argument('--samples', type=int, default=100_000); p.add_argument('--asvs', type=int, default=500_000); p.add_argument('--richness', type=int, default=300); p.add_argument('--matrix', type=int, default=20_000)
     p.add_argument('--folder', type=Path, default=Path('runs/large')); p.add_argument('--rival', action='store_true'); p.add_argument('--part', choices=parts)
     args = p.parse_args()
     path = args.folder/'table.biom'
@@ -101,6 +123,7 @@ def main():
     stages, found = measure(['write', 'load'] + ['rival']*args.rival, path, args)
     assert all(f == found[0] for f in found), found
     loading = [s for s in stages if s['part'] == 'load' and s['stage'] in ('load', 'prepare')]
-    print(f"\nfile {path.stat().st_size/2**30:.2f} GB; loaded and ready for batches in {sum(s['seconds'] for s in loading):.1f} s, peak {max(s['peak_gb'] for s in loading):.2f} GB")
+    measure(['write_matrix', 'matrix'], path, args)
+    print(f"\ntable file {path.stat().st_size/2**30:.2f} GB; loaded and ready for batches in {sum(s['seconds'] for s in loading):.1f} s, peak {max(s['peak_gb'] for s in loading):.2f} GB")
 
 if __name__ == '__main__': main()

@@ -275,7 +275,7 @@ def test_large_table_stays_sparse(tmp_path):
     from importlib.util import module_from_spec, spec_from_file_location
     spec = spec_from_file_location('large_table', Path(__file__).resolve().parents[1]/'benchmarks/large_table.py')
     benchmark = module_from_spec(spec); spec.loader.exec_module(benchmark)
-    size = Namespace(samples=20_000, asvs=100_000, richness=300)
+    size = Namespace(samples=20_000, asvs=100_000, richness=300, matrix=0)
     stages, found = benchmark.measure(['write', 'load', 'rival'], tmp_path/'table.biom', size)
     assert found[0] == found[1] == found[2]
     part = {(s['part'], s['stage']): s for s in stages}
