@@ -71,18 +71,20 @@ def pad_batch(batch:Batch, sizes:dict) -> Batch:
 # %% ../nbs/19_graphs.ipynb #a19c000d
 class Replay:
     "`function()`, recorded at its second call and replayed from then on; what it returns is overwritten by the next call."
-    pools = {} # memory shared by the recordings of a device: only one runs at a time
-    def __init__(self, function): self.function, self.calls, self.graph, self.found = function, 0, None, None
+    def __init__(self, function, pool=None): # `pool()` is memory to share with recordings that never run at the same time
+        self.function, self.pool, self.calls, self.graph, self.found = function, pool or (lambda: None), 0, None, None
 
     def record(self):
         graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+        if torch.cuda.max_memory_allocated() > torch.cuda.mem_get_info()[1]/3: return # a second set of activations may not fit, and long kernels need no recording
         torch.cuda.synchronize(); torch.cuda.empty_cache() # what calls without a recording held
         try:
-            with torch.cuda.graph(graph, pool=self.pools.get(device), capture_error_mode='thread_local'): self.found = self.function()
+            with torch.cuda.graph(graph, pool=self.pool(), capture_error_mode='thread_local'): self.found = self.function()
         except RuntimeError as error:
+            generator = torch.cuda.default_generators[device] # it still takes part in the recording
+            generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
             log.warning(f'steps cannot be recorded and will be slower ({str(error).splitlines()[0][:100]})')
             return
-        self.pools.setdefault(device, graph.pool())
         self.graph = graph
 
     def __call__(self):
@@ -103,6 +105,10 @@ class Graphed:
     def __init__(self, function, device:str='cuda'):
         self.function, self.device, self.sizes, self.replays = function, device, {}, {}
 
+    def pool(self):
+        "Memory of the recordings so far; None before the first."
+        return next((replay.graph.pool() for _, replay in self.replays.values() if replay.graph), None)
+
     def room(self, batch:Batch) -> dict:
         "Sizes to pad `batch` to."
         needed = batch_sizes(batch) | {'masked': max((m for _, m, _ in batch.groups), default=0)}
@@ -121,5 +127,5 @@ class Graphed:
             for x, y in zip(tensors_of(there).values(), tensors_of(padded).values()): x.copy_(y, non_blocking=True)
         else:
             there = padded.to(self.device)
-            there, replay = self.replays[shape] = there, Replay(lambda: self.function(there))
+            there, replay = self.replays[shape] = there, Replay(lambda: self.function(there), self.pool)
         return replay()

@@ -44,6 +44,7 @@ class Watch:
             if learning:
                 self.trained.append(inputs[0])
                 self.learner = module
+                if len(self.trained) == 1: self.start = module.encoder.project.weight.detach().clone()
                 self.workers.append(len(multiprocessing.active_children()) - self.helpers)
                 self.autocast.add(torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None)
             elif not module.training:
@@ -186,9 +187,9 @@ def groups_whole(run, place_of):
 
 
 def seeds_order(run):
-    "Split, order and weights."
+    "Split, order and the weights before the first step."
     a, b = run('base'), run('e')
-    return a.files.ids('val') != b.files.ids('val') and a.trained[0].sample_ids != b.trained[0].sample_ids and not torch.equal(a.weights['encoder.amount.0.weight'], b.weights['encoder.amount.0.weight'])
+    return a.files.ids('val') != b.files.ids('val') and a.trained[0].sample_ids != b.trained[0].sample_ids and not torch.equal(a.start, b.start)
 
 
 def buffers(r): return [s['momentum_buffer'] for s in r.last['optimizer']['state'].values() if s.get('momentum_buffer') is not None]
