@@ -14,6 +14,8 @@ import torch
 from contextlib import contextmanager
 from dataclasses import replace
 
+from fastcore.basics import patch
+
 from .checkpoint import describe_model, save_checkpoint
 from .config import AamError, started
 from .data import Plan, SampleData, all_distances
@@ -27,7 +29,7 @@ from .layers import RunningStandardise
 from .predictor import Model, prime
 from .run import RunFolder, find_resume, resumed_options, start_messages, write_messages_to
 from .states import KeptStates
-from .trainer import Training, Validation, compile_model, fit, pick_precision, train_step
+from .trainer import Training, Validation, compile_model, fit as fit_epochs, pick_precision, train_step
 
 log = logging.getLogger('aam')
 
@@ -140,84 +142,97 @@ class Session:
         pick_precision(options['training'].mixed_precision, self.device) # before anything slow
         self.compiled = pick_compile(options['training'].compile_model, self.device)
 
-    def choose_batch_size(self, model:Model, objective, train, stop):
-        "What `--auto-batch-size` asks for; a resumed run keeps its batch size."
-        options = self.options['training']
-        if not options.auto_batch_size or self.resumed: return
-        if self.device != 'cuda': return log.info(f'--auto-batch-size: there is no GPU memory to measure; --batch-size {options.batch_size} is kept')
-        if isinstance(train, KeptStates): return log.info(f'--auto-batch-size: a frozen encoder leaves little to fit into memory; --batch-size {options.batch_size} is kept')
-        options.batch_size = train.batch_size = stop.batch_size = measured_batch_size(model, objective, train, options, self.device)
-        self.stored['training'] = options.to_dict()
-        self.write_config()
-        log.info(f'--auto-batch-size: {options.batch_size} samples in a batch')
+# %% ../nbs/29_session.ipynb #fc28ba43
+@patch
+def split(self:Session, inputs:Inputs, classes=None) -> Split:
+    "Fit, stop and test samples; a resumed run keeps its own."
+    quick_check(inputs, self.options['input'])
+    seed = self.options['run'].seed
+    if not self.resumed: return read_split(self.options['split'], inputs, seed, classes)
+    split = Split(**self.resumed['split'])
+    lost = set(split.fit + split.stop + split.test) - set(inputs.sample_ids)
+    if lost: raise AamError(f"{len(lost)} samples of the run being resumed are not in these inputs ({', '.join(sorted(lost)[:3])}): resume with the same files")
+    return split
 
-    def split(self, inputs:Inputs, classes=None) -> Split:
-        "Fit, stop and test samples; a resumed run keeps its own."
-        quick_check(inputs, self.options['input'])
-        seed = self.options['run'].seed
-        if not self.resumed: return read_split(self.options['split'], inputs, seed, classes)
-        split = Split(**self.resumed['split'])
-        lost = set(split.fit + split.stop + split.test) - set(inputs.sample_ids)
-        if lost: raise AamError(f"{len(lost)} samples of the run being resumed are not in these inputs ({', '.join(sorted(lost)[:3])}): resume with the same files")
-        return split
+# %% ../nbs/29_session.ipynb #84f3c124
+@patch
+def open(self:Session, inputs:Inputs, split:Split, facts:dict):
+    "Makes the folder and writes what is known before training."
+    run = self.options['run']
+    in_place = self.resumed and self.resumed['path'].parent.parent.resolve() == self.folder.path.resolve()
+    if not in_place: self.folder.create(run.overwrite and self.resumed is None)
+    if self.resumed and not in_place:
+        for name in ('checkpoints/best_model.pt', 'metrics.jsonl'): shutil.copy(self.resumed['path'].parent.parent/name, self.folder/name)
+    write_messages_to(self.folder/'training.log', self.messages)
+    self.split_used, self.facts = split, facts
+    for name, ids in dict(train=split.fit, val=split.stop, test=split.test).items():
+        if ids: write_ids(ids, self.folder/f'{name}_samples.txt')
+    inputs.write_dropped(self.folder/'dropped_samples.tsv')
+    self.stored = {name: o.to_dict() for name, o in self.options.items()}
+    self.write_config()
 
-    def open(self, inputs:Inputs, split:Split, facts:dict):
-        "Makes the folder and writes what is known before training."
-        run = self.options['run']
-        in_place = self.resumed and self.resumed['path'].parent.parent.resolve() == self.folder.path.resolve()
-        if not in_place: self.folder.create(run.overwrite and self.resumed is None)
-        if self.resumed and not in_place:
-            for name in ('checkpoints/best_model.pt', 'metrics.jsonl'): shutil.copy(self.resumed['path'].parent.parent/name, self.folder/name)
-        write_messages_to(self.folder/'training.log', self.messages)
-        self.split_used, self.facts = split, facts
-        for name, ids in dict(train=split.fit, val=split.stop, test=split.test).items():
-            if ids: write_ids(ids, self.folder/f'{name}_samples.txt')
-        inputs.write_dropped(self.folder/'dropped_samples.tsv')
-        self.stored = {name: o.to_dict() for name, o in self.options.items()}
-        self.write_config()
+@patch
+def write_config(self:Session):
+    "Writes `config.json`."
+    facts = {k: v for k, v in self.facts.items() if k != 'known_asvs'} # thousands of sequences are in the checkpoint
+    self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **facts))
 
-    def write_config(self):
-        "Writes `config.json`."
-        facts = {k: v for k, v in self.facts.items() if k != 'known_asvs'} # thousands of sequences are in the checkpoint
-        self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **facts))
+# %% ../nbs/29_session.ipynb #97dbff71
+@patch
+def figure(self:Session, name:str, figure):
+    "Saves `figure` in `plots/` and shows it in TensorBoard."
+    save_figure(figure, self.folder/'plots'/f'{name}.png')
+    self.record.figure(name, figure, self.step)
 
-    def figure(self, name:str, figure):
-        "Saves `figure` in `plots/` and shows it in TensorBoard."
-        save_figure(figure, self.folder/'plots'/f'{name}.png')
-        self.record.figure(name, figure, self.step)
+# %% ../nbs/29_session.ipynb #279da2cd
+@patch
+def choose_batch_size(self:Session, model:Model, objective, train, stop):
+    "What `--auto-batch-size` asks for; a resumed run keeps its batch size."
+    options = self.options['training']
+    if not options.auto_batch_size or self.resumed: return
+    if self.device != 'cuda': return log.info(f'--auto-batch-size: there is no GPU memory to measure; --batch-size {options.batch_size} is kept')
+    if isinstance(train, KeptStates): return log.info(f'--auto-batch-size: a frozen encoder leaves little to fit into memory; --batch-size {options.batch_size} is kept')
+    options.batch_size = train.batch_size = stop.batch_size = measured_batch_size(model, objective, train, options, self.device)
+    self.stored['training'] = options.to_dict()
+    self.write_config()
+    log.info(f'--auto-batch-size: {options.batch_size} samples in a batch')
 
-    def tell_first_step(self, optimizer):
-        "Says, once, how long it took to get to the end of the first optimizer step."
-        def tell(*_):
-            if self.device == 'cuda': torch.cuda.synchronize() # this once
-            log.info(f'first optimizer step {time.perf_counter() - self.started:.1f} s after the start of the command')
-            hook.remove()
-        hook = optimizer.register_step_post_hook(tell)
+@patch
+def tell_first_step(self:Session, optimizer):
+    "Says, once, how long it took to get to the end of the first optimizer step."
+    def tell(*_):
+        if self.device == 'cuda': torch.cuda.synchronize() # this once
+        log.info(f'first optimizer step {time.perf_counter() - self.started:.1f} s after the start of the command')
+        hook.remove()
+    hook = optimizer.register_step_post_hook(tell)
 
-    def fit(self, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False, rates:dict=None) -> Training:
-        "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
-        options, seed = self.options['training'], self.options['run'].seed
-        self.choose_batch_size(model, objective, train, stop)
-        if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
-        if self.compiled: compile_model(model)
-        t = Training(model, objective, train, stop, options, seed, self.device, rates=rates)
-        if self.resumed:
-            t.load_state_dict(self.resumed['training'])
-            log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}")
-        self.record = Record(self.folder.path, t.step, t.epoch)
-        common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
-        save_best = lambda m, scores: save_checkpoint(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
-        save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
-        self.tell_first_step(t.optimizer)
-        with tf32(options.tf32, self.device):
-            fit(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)))
-        self.step = t.step
-        if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
-        log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")
-        model.load_state_dict(torch.load(self.folder.best, map_location=self.device, weights_only=True)['weights'])
-        self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch))
-        return t
+# %% ../nbs/29_session.ipynb #8f16b6f0
+@patch
+def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False, rates:dict=None) -> Training:
+    "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
+    options, seed = self.options['training'], self.options['run'].seed
+    self.choose_batch_size(model, objective, train, stop)
+    if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
+    if self.compiled: compile_model(model)
+    t = Training(model, objective, train, stop, options, seed, self.device, rates=rates)
+    if self.resumed:
+        t.load_state_dict(self.resumed['training'])
+        log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}")
+    self.record = Record(self.folder.path, t.step, t.epoch)
+    common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
+    save_best = lambda m, scores: save_checkpoint(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
+    save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
+    self.tell_first_step(t.optimizer)
+    with tf32(options.tf32, self.device):
+        fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)))
+    self.step = t.step
+    if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
+    log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")
+    model.load_state_dict(torch.load(self.folder.best, map_location=self.device, weights_only=True)['weights'])
+    self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch))
+    return t
 
+# %% ../nbs/29_session.ipynb #1f77d373
 def epoch_line(t:Training, line:dict) -> str:
     "One epoch in one line."
     shown = [f"{k.removeprefix('val_')} {v:.3f}" for k, v in line.items() if k.startswith('val_') and (k in ('val_loss', 'val_r2', 'val_mae', 'val_accuracy', 'val_f1', 'val_nuc_accuracy', 'val_unifrac_r2'))]

@@ -432,7 +432,7 @@ elsewhere = { # tested where it belongs
     'batch-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'prediction-passes': f'{Path(__file__).name}::test_predict_batch_size_and_passes',
     'output-variance': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'output': f'{Path(__file__).name}::test_predict_refuses_to_replace', 'model': f'{Path(__file__).name}::test_predict_refuses_to_replace',
     'metadata': 'test_categories.py::test_predict_needs_the_columns', 'metadata-column': 'test_target_options.py::test_predict_agrees', 'classifier': 'test_target_options.py::test_class_weights',
-    'out-dim': 'test_target_options.py::test_out_dim_that_agrees', 'class-weights': 'test_target_options.py::test_class_weights', 'target-transform': 'test_target_options.py::test_transform_of_the_targets',
+    'out-dim': 'test_target_options.py::test_contradiction', 'class-weights': 'test_target_options.py::test_class_weights', 'target-transform': 'test_target_options.py::test_transform_of_the_targets',
     'normalize-by': 'test_target_options.py::test_transform_of_the_targets', 'loss-type': 'test_target_options.py::test_loss', 'quantiles': 'test_target_options.py::test_quantile_loss_and_scores',
     'over-penalty': 'test_target_options.py::test_loss', 'under-penalty': 'test_target_options.py::test_loss', 'loss-config': 'test_target_options.py::test_loss_of_each_target',
     'val-prediction-passes': 'test_target_options.py::test_passes_and_variance', 'bounded-targets': 'test_target_options.py::test_range', 'output-activation': 'test_target_options.py::test_range',

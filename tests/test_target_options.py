@@ -259,6 +259,7 @@ def test_predict_agrees(run, predicted, folder, mode):
     found = predicted(r, **(dict(metadata=folder/'metadata.tsv') if 'normalize_by' in options else {}))
     assert len(found) == 48
     expect_same(r, found)
+    for c in [c for c in found if c.startswith('q0.5')]: np.testing.assert_array_equal(found[c.replace('q0.5', 'prediction')], found[c]) # the median is the prediction
     if mode == 'quantiles by category':
         assert list(found) == [f'{kind}_{c}' for c in ('age', 'weight') for kind in ('prediction', 'q0.1', 'q0.5', 'q0.9')]
         stop = (folder/'stop.txt').read_text().split()
