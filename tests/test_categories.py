@@ -272,11 +272,12 @@ def test_frozen_encoder_with_categories(survey, pretrained, tmp_path):
 
 
 def test_classes_with_categories(survey, tmp_path):
-    out = run(survey, tmp_path/'run', column='habitat', classifier=True, categorical_columns='season', conditional_output_scaling='season', linear_start=False)
+    out = run(survey, tmp_path/'run', column='habitat', classifier=True, categorical_columns='season', conditional_output_scaling='season', categorical_embed_dim=5, linear_start=False)
     said = pd.read_csv(out.paths['predictions'], sep='\t', dtype={'sample_id': str}).set_index('sample_id')
     again = out.model.predict(read_table(survey/'table.biom'), read_metadata(survey/'metadata.tsv'), list(said.index))
     np.testing.assert_allclose(said.filter(like='p_'), again, atol=1e-5)
     assert category_weights(out.paths['best_model'])['scaling.log_scale'].shape[1] == 3
+    assert category_weights(out.paths['best_model'])['embeddings.table.weight'].shape[1] == 5
 
 
 def test_help_on_categories(aam):

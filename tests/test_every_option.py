@@ -438,7 +438,7 @@ elsewhere = { # tested where it belongs
     'val-prediction-passes': 'test_target_options.py::test_passes_and_variance', 'bounded-targets': 'test_target_options.py::test_range', 'output-activation': 'test_target_options.py::test_range',
     'learnable-output-scale': 'test_target_options.py::test_learnable_output_scale', 'regressor-hidden-dims': 'test_target_options.py::test_hidden_layers',
     'regressor-dropout': 'test_target_options.py::test_hidden_layers', 'categorical-columns': 'test_categories.py::test_predict_says_what_training_said',
-    'categorical-embed-dim': 'test_categories.py::test_embedding_width', 'categorical-fusion': 'test_categories.py::test_predict_says_what_training_said',
+    'categorical-embed-dim': 'test_categories.py::test_classes_with_categories', 'categorical-fusion': 'test_categories.py::test_predict_says_what_training_said',
     'conditional-output-scaling': 'test_categories.py::test_frozen_encoder_with_categories', 'categorical-lr': 'test_categories.py::test_categorical_lr_is_of_category_weights_alone',
     'categorical-help': 'test_categories.py::test_help_on_categories',
 }
