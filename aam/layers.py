@@ -22,8 +22,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
+        linear = lambda wide, out: nn.Linear(wide, out, bias=False) # the norms have biases; the gradient of one here would be another pass over the data
+        self.qkv, self.out = linear(dim, 3*dim), linear(dim, dim)
+        self.mlp = nn.Sequential(linear(dim, 4*dim), nn.GELU(), linear(4*dim, dim))
 
     def attend(self, x, mask):
         B, T, D = x.shape
