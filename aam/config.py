@@ -7,14 +7,14 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'precision_names', 'compile_names', 'mask_strategy_names', 'unifrac_metric_names', 'fusion_names',
            'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names', 'device_names',
            'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options', 'preset_names',
-           'presets', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
+           'presets', 'started', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
            'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
            'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_losses', 'check_scale', 'split_names',
            'CategoryOptions', 'TrainingOptions', 'RunOptions', 'field_comments', 'command', 'build_options',
            'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
-import argparse, ast, difflib, functools, inspect, json, sys
+import argparse, ast, difflib, functools, inspect, json, sys, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -411,6 +411,8 @@ def _field_parameters(options):
         default = inspect.Parameter.empty if extra.get('required') else f.default
         yield inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, help_.get(f.name, ''), extra])
 
+started = {} # when the running command began, until its session takes note
+
 def command(function):
     "Makes the fields of `function`'s `Options` parameters its keywords."
     own = inspect.signature(function).parameters
@@ -419,6 +421,7 @@ def command(function):
 
     @functools.wraps(function)
     def wrapped(*args, **given):
+        started['command'] = time.perf_counter()
         given = {**dict(zip(plain, args)), **given}
         known = {f.name for o in groups.values() for f in fields(o)} | set(own)
         for name in given:

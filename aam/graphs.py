@@ -120,12 +120,14 @@ class Graphed:
         return self.sizes | dict(rows=rows, masked=[min(self.sizes['masked'], n) if m else 0 for n, (_, m, _) in zip(rows, batch.groups)])
 
     def __call__(self, batch:Batch):
-        padded = pad_batch(batch, self.room(batch))
+        room = self.room(batch)
+        padded = pad_batch(batch.to(self.device), room) # there, as padding here would have to be copied before the GPU is done with the last batch
         shape = padded.views, padded.groups, tuple((name, tuple(x.shape)) for name, x in tensors_of(padded).items())
         if shape in self.replays:
             there, replay = self.replays[shape]
             for x, y in zip(tensors_of(there).values(), tensors_of(padded).values()): x.copy_(y, non_blocking=True)
         else:
-            there = padded.to(self.device)
-            there, replay = self.replays[shape] = there, Replay(lambda: self.function(there), self.pool)
+            there = padded
+            replay = Replay(lambda: self.function(there), self.pool)
+            self.replays[shape] = there, replay
         return replay()

@@ -76,7 +76,7 @@ def read_inputs(options:InputOptions, metadata:Path=None, class_column:str=None)
         inputs.frame = frame.loc[inputs.sample_ids]
     drop_shallow(inputs, options, class_column)
     warn_of_limit(inputs.table, options)
-    if distances is not None: distances.align(inputs.sample_ids) # says which samples it lacks
+    if distances is not None: distances.rows(inputs.sample_ids) # says which samples it lacks
     return inputs
 
 def drop_shallow(inputs:Inputs, options:InputOptions, class_column:str=None):

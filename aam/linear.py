@@ -47,14 +47,15 @@ def one_hot(
 
 def linear_features(data:SampleData, samples, sizes:list[int]=()) -> sparse.csr_matrix: # (N, 2V + K)
     "The blocks of features of `samples`, as they are in evaluation; `data.identity` numbers the ASVs; `sizes` as in `one_hot`, without any there is no third block."
-    V, blocks = int(data.identity.max()), ([], [])
+    V, columns, blocks = int(data.identity.max()), [], ([], [])
     for i in samples:
         draw = limit_asvs(data, view_draw(data, 'target', i, 0, False), 0, data.table.sample_ids[i], False)
         number = data.identity[draw.asvs]
-        for block, w in zip(blocks, slot_weights(draw.abundance[None], np.ones((1, len(draw.asvs))))):
-            row = np.zeros(V + 1); row[number] = w[0]
-            block.append(sparse.csr_matrix(row[1:]))
-    return sparse.hstack([*[sparse.vstack(b) for b in blocks], *([one_hot(data.categories[list(samples)], sizes)] if len(sizes) else [])]).tocsr()
+        columns.append(number[number > 0] - 1)
+        for block, w in zip(blocks, slot_weights(draw.abundance[None], np.ones((1, len(draw.asvs))))): block.append(w[0][number > 0])
+    starts = np.cumsum([0, *map(len, columns)])
+    both = [sparse.csr_matrix((np.concatenate(b, dtype=float), np.concatenate(columns), starts), (len(columns), V)) for b in blocks]
+    return sparse.hstack([*both, *([one_hot(data.categories[list(samples)], sizes)] if len(sizes) else [])]).tocsr()
 
 def block_scales(features:sparse.csr_matrix, categories:int=0) -> np.ndarray: # (2V + K,)
     "One over the root of the total variance of each block; the last `categories` columns are the third block."

@@ -32,9 +32,9 @@ def progress_text(
     return ', '.join(map(show, labels[mode]))
 
 # %% ../nbs/25_monitor.ipynb #08afd16a
-def progress_bar(total:int, description:str, initial:int=0):
+def progress_bar(total:int, description:str, initial:int=0, shown:bool=True):
     "A tqdm bar that keeps out of log files."
-    return tqdm(total=total, desc=description, initial=initial, leave=False, dynamic_ncols=True, disable=not (sys.stderr.isatty() or IN_NOTEBOOK))
+    return tqdm(total=total, desc=description, initial=initial, leave=False, dynamic_ncols=True, disable=not shown or not (sys.stderr.isatty() or IN_NOTEBOOK))
 
 # %% ../nbs/25_monitor.ipynb #d886d59b
 tags = {'total': 'train/total_loss', 'target': 'train/target_loss', 'unifrac': 'train/unifrac_loss', 'nuc': 'train/nuc_loss', 'count': 'train/count_loss',

@@ -23,6 +23,7 @@ class PredictOptions(Options):
     prediction_passes:Number(int, 1)=None # rarefactions whose predictions are averaged (without it: as many as in training, --val-prediction-passes)
     output_variance:bool=False # write the variance of predictions between these rarefactions, too
     batch_size:Number(int, 1)=8 # samples in a batch
+    asv_chunk_size:Number(int, 0)=256 # ASVs encoded at a time, each ASV of the table once; 0: all of one length
     device:choice(device_names)='auto' # where to compute
     overwrite:bool=False # replace --output
 
@@ -68,7 +69,6 @@ def predict(predict:PredictOptions):
     from aam.checkpoint import load_checkpoint
     from aam.inference import load_predictor, prediction_frame
     from aam.metadata import read_metadata
-    from aam.monitor import progress_bar
     from aam.run import Run, start_messages
     from aam.session import pick_device
     from aam.table import read_sequences, read_table
@@ -80,8 +80,7 @@ def predict(predict:PredictOptions):
     predictor.require(o.metadata)
     table = read_table(o.table, read_sequences(o.sequences) if o.sequences else None)
     frame = read_metadata(o.metadata) if o.metadata and predictor.metadata_columns else None
-    with progress_bar(len(table), 'predicting') as bar:
-        predicted, variance = predictor.predict_with_variance(table, frame, batch_size=o.batch_size, device=pick_device(o.device), passes=passes, progress=bar)
+    predicted, variance = predictor.predict_with_variance(table, frame, batch_size=o.batch_size, device=pick_device(o.device), passes=passes, asv_chunk_size=o.asv_chunk_size, progress=True)
     write_whole(prediction_frame(predictor.target, table.sample_ids, predicted, variance=variance if o.output_variance else None), o.output)
     log.info(f"{len(table)} samples predicted ({', '.join(predictor.target.columns)}): {o.output}")
     write_flags(flag_samples(table, predictor.reading['depth']), o.output, log)

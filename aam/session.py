@@ -8,7 +8,7 @@ __all__ = ['log', 'pick_attention', 'pick_device', 'tf32', 'find_compiler', 'pic
            'reachable', 'majority_accuracy']
 
 # %% ../nbs/29_session.ipynb #140159c7
-import logging, math, os, shutil
+import logging, math, os, shutil, time
 import numpy as np
 import torch
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from dataclasses import replace
 from fastcore.basics import patch
 
 from .checkpoint import describe_model, save_checkpoint
-from .config import AamError
+from .config import AamError, started
 from .data import Plan, SampleData, all_distances
 from .diagnosis import quick_check
 from .figures import loss_curves, save_figure
@@ -130,6 +130,7 @@ class Session:
     "A run of `pretrain` or `train`."
     def __init__(self, kind:str, **options):
         self.kind, self.options = kind, options
+        self.started = started.pop('command', time.perf_counter())
         self.messages = start_messages()
         run = options['run']
         self.folder = RunFolder(run.output_dir)
@@ -183,7 +184,7 @@ def figure(self:Session, name:str, figure):
     save_figure(figure, self.folder/'plots'/f'{name}.png')
     self.record.figure(name, figure, self.step)
 
-# %% ../nbs/29_session.ipynb #d1a9ada0
+# %% ../nbs/29_session.ipynb #279da2cd
 @patch
 def choose_batch_size(self:Session, model:Model, objective, train, stop):
     "What `--auto-batch-size` asks for; a resumed run keeps its batch size."
@@ -196,7 +197,16 @@ def choose_batch_size(self:Session, model:Model, objective, train, stop):
     self.write_config()
     log.info(f'--auto-batch-size: {options.batch_size} samples in a batch')
 
-# %% ../nbs/29_session.ipynb #ec8f98a4
+@patch
+def tell_first_step(self:Session, optimizer):
+    "Says, once, how long it took to get to the end of the first optimizer step."
+    def tell(*_):
+        if self.device == 'cuda': torch.cuda.synchronize() # this once
+        log.info(f'first optimizer step {time.perf_counter() - self.started:.1f} s after the start of the command')
+        hook.remove()
+    hook = optimizer.register_step_post_hook(tell)
+
+# %% ../nbs/29_session.ipynb #8f16b6f0
 @patch
 def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False, rates:dict=None) -> Training:
     "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
@@ -212,6 +222,7 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
     save_best = lambda m, scores: save_checkpoint(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
     save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
+    self.tell_first_step(t.optimizer)
     with tf32(options.tf32, self.device):
         fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)))
     self.step = t.step

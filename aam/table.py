@@ -13,6 +13,7 @@ import gzip, hashlib, logging, os, re, shutil, tempfile, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import biom, h5py
@@ -40,7 +41,7 @@ class Table:
         median = int(np.median(self.reads)) if len(self) else 0
         return f'Table of {len(self)} samples and {len(self.sequences)} ASVs, {median} reads in the median sample'
 
-    @property
+    @cached_property
     def reads(self) -> np.ndarray: # (N,)
         "Reads of each sample."
         return np.asarray(self.counts.sum(1)).ravel()
@@ -66,15 +67,17 @@ def make_table(
     name:str='table', # what messages call it
 ) -> Table:
     "A `Table` in canonical order."
-    counts = sparse.csr_matrix(counts, dtype=np.int64)
-    unique, first, column = np.unique([normalise_sequence(s) for s in sequences], return_index=True, return_inverse=True)
-    to_canonical = sparse.csr_matrix((np.ones(len(column), np.int64), (np.arange(len(column)), column)), (len(sequences), len(unique)))
-    counts = counts @ to_canonical
-    present = np.asarray(counts.sum(0)).ravel() > 0
+    counts, sequences = sparse.csr_matrix(counts, dtype=np.int64), [normalise_sequence(s) for s in sequences]
+    present = np.bincount(counts.indices[counts.data != 0], minlength=len(sequences)) > 0
     if not present.any(): raise AamError(f'{name}: holds no reads; give a table with counts')
-    counts = sparse.csr_matrix(counts[:, present])
-    counts.sort_indices()
-    return Table(counts, [str(s) for s in sample_ids], unique[present].tolist(), first[present])
+    first = dict(zip(reversed(sequences), reversed(range(len(sequences)))))
+    kept = sorted({sequences[i] for i in np.flatnonzero(present)})
+    number = {s: i for i, s in enumerate(kept)}
+    column = np.array([number.get(s, 0) for s in sequences], counts.indices.dtype) # one without reads may go anywhere
+    counts = sparse.csr_matrix((counts.data.copy(), column[counts.indices], counts.indptr.copy()), (counts.shape[0], len(kept)))
+    counts.sum_duplicates() # sorts, too
+    counts.eliminate_zeros()
+    return Table(counts, [str(s) for s in sample_ids], kept, np.array([first[s] for s in kept]))
 
 # %% ../nbs/02_table.ipynb #1d6806e7
 def reason(error:Exception) -> str:
@@ -152,19 +155,45 @@ def read_sequences(
     return found
 
 # %% ../nbs/02_table.ipynb #d699db39
+def _unique_ids(group):
+    "The IDs of samples or observations, as text."
+    ids = group['ids'].asstr()[:].tolist() if group['ids'].size else []
+    if len(set(ids)) < len(ids): raise ValueError(f'the ID {Counter(ids).most_common(1)[0][0]} occurs more than once')
+    return ids
+
+def _read_hdf5(file):
+    "Counts (N, A), sample IDs and observation IDs of an open BIOM v2 file."
+    sample_ids, observation_ids = _unique_ids(file['sample']), _unique_ids(file['observation'])
+    matrix = file['sample'].get('matrix', file['sample']) # v2.0 has no group of that name
+    for name, kinds in dict(data='iuf', indices='iu', indptr='iu').items():
+        if matrix[name].dtype.kind not in kinds: raise ValueError(f'its {name} are of type {matrix[name].dtype}')
+    shape = len(sample_ids), len(observation_ids)
+    if tuple(file.attrs.get('shape', shape[::-1])) != shape[::-1]: raise ValueError('its IDs are more or fewer than its shape says')
+    counts = sparse.csr_matrix((matrix['data'][:], matrix['indices'][:], matrix['indptr'][:]), shape)
+    counts.check_format(full_check=True) # an index out of range would crash later on
+    return counts, sample_ids, observation_ids
+
 def _load_biom(path):
-    "The `biom.Table` in a file, whatever goes wrong there in one line."
+    "Counts (N, A), sample IDs and observation IDs in a file, whatever goes wrong there in one line."
     if not path.is_file(): raise AamError(f'{path}: no such file; give a BIOM table')
     with data_file(path, 'FeatureTable[Frequency]') as file:
-        try: return biom.load_table(str(file))
+        try:
+            if h5py.is_hdf5(file):
+                with h5py.File(file) as f: return _read_hdf5(f)
+            loaded = biom.load_table(str(file))
+            return loaded.matrix_data.T, *([str(i) for i in loaded.ids(axis)] for axis in ('sample', 'observation'))
         except Exception as e: # biom lets h5py, json and its own errors through
             raise AamError(f'{path}: not a readable BIOM table ({reason(e)}); give BIOM v2.1 (HDF5) or v1 (JSON), and check that it was copied whole') from e
 
-def _check_counts(path, values):
+
+# %% ../nbs/02_table.ipynb #9b1d4e22
+def _check_counts(path, values, block=2**22):
     "Raises an `AamError` unless all are whole numbers of reads."
-    wrong = ~(np.isfinite(values) & (values >= 0) & (values == np.round(values)))
-    if wrong.any():
-        raise AamError(f'{path}: {values[wrong][0]:g} is not a number of reads; give the table of raw counts, not relative or transformed ones')
+    for start in range(0, len(values), block):
+        part = values[start:start + block]
+        wrong = ~(np.isfinite(part) & (part >= 0) & (part == np.round(part)))
+        if wrong.any():
+            raise AamError(f'{path}: {part[wrong][0]:g} is not a number of reads; give the table of raw counts, not relative or transformed ones')
 
 def _find_sequences(path, ids, sequence_of):
     "The sequence of each observation ID, looked up or the ID itself; an `AamError` unless all have one."
@@ -180,14 +209,13 @@ def _find_sequences(path, ids, sequence_of):
 # %% ../nbs/02_table.ipynb #5ad58333
 def _read_file(path, sequence_of):
     "The `Table` in one file."
-    loaded = _load_biom(path)
-    ids = [str(i) for i in loaded.ids('observation')]
-    if not ids or not len(loaded.ids()): raise AamError(f'{path}: holds no samples or no ASVs; give a BIOM table with counts')
+    counts, sample_ids, ids = _load_biom(path)
+    if not ids or not sample_ids: raise AamError(f'{path}: holds no samples or no ASVs; give a BIOM table with counts')
     sequences = _find_sequences(path, ids, sequence_of)
     if repeats := len(ids) - len(set(sequences)):
         log.warning(f'{path.name}: {repeats} of {len(ids)} ASVs repeat the sequence of another under a different ID; their reads were added up')
-    _check_counts(path, loaded.matrix_data.data)
-    return make_table(loaded.matrix_data.T, loaded.ids(), sequences, path.name)
+    _check_counts(path, counts.data)
+    return make_table(counts, sample_ids, sequences, path.name)
 
 # %% ../nbs/02_table.ipynb #0e0fede6
 def table_paths(path:str|Path) -> list[Path]:

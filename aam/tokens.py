@@ -64,7 +64,7 @@ def decode_tokens(
 ) -> list[str]: # (U,)
     "The sequences that rows of token ids stand for."
     letters = np.ascontiguousarray(_bytes_of_tokens[tokens])
-    return letters.view(f'S{letters.shape[1]}')[:, 0].astype(str).tolist()
+    return [s.decode() for s in letters.view(f'S{letters.shape[1]}')[:, 0].tolist()]
 
 # %% ../nbs/01_tokens.ipynb #b9c50565
 def kmer_ids(

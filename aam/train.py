@@ -225,12 +225,12 @@ def make_score(task:Task, model):
     return score
 
 # %% ../nbs/31_train.ipynb #c86887ff
-def score_part(session, part:str, ids, predictor, inputs, batch_size:int, device:str, log) -> dict:
+def score_part(session, part:str, ids, predictor, inputs, training, log) -> dict:
     "Scores, `<part>_predictions.tsv` and a picture."
     from aam.inference import prediction_frame
     from aam.metrics import beside_guess
     target, frame = predictor.target, inputs.frame.loc[ids]
-    predicted, actual = predictor.predict(inputs.table, inputs.frame, ids, batch_size=batch_size, device=device), target.actual(frame)
+    predicted, actual = predictor.predict(inputs.table, inputs.frame, ids, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size, progress=True), target.actual(frame)
     short = {'validation': 'val'}.get(part, part)
     prediction_frame(target, ids, predicted, actual).to_csv(session.folder/f'{short}_predictions.tsv', sep='\t', index=False)
     scores = target.scores(actual, predicted)
@@ -260,7 +260,7 @@ def finish(session, task:Task, log):
     from aam.run import Run
     training = session.options['training']
     predictor = load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
-    scores = {part: score_part(session, part, ids, predictor, task.inputs, training.batch_size, session.device, log)
+    scores = {part: score_part(session, part, ids, predictor, task.inputs, training, log)
               for part, ids in dict(validation=task.parts.stop, test=task.parts.test).items() if ids}
     session.folder.write_json('scores.json', scores)
     session.record.close()

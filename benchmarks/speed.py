@@ -131,13 +131,13 @@ def step_row(data, size, device, rate, warm, repeats, **options):
     flops = needed_flops(sizes[size][0], sizes[size][2], batches)
     if device == 'cuda': batches = [b.pin_memory() for b in batches]
     t.model.train()
+    if device == 'cuda': torch.cuda.reset_peak_memory_stats() # the first step is not a replay: it takes its memory where it is counted
     start = time.perf_counter()
     step = lambda i: train_step(t, [batches[i % len(batches)]], Meter())
     step(0)
     if device == 'cuda': torch.cuda.synchronize()
     first = time.perf_counter() - start
     for i in range(warm): step(i)
-    if device == 'cuda': torch.cuda.reset_peak_memory_stats()
     seconds = timed(step, device, 1, repeats)
     steady = pipelined(step, device, repeats)
     return dict(seconds=steady, alone=seconds, memory=peak_gb(device), tflops=flops/steady/1e12, share=flops/steady/1e12/rate, asvs=distinct/steady, first=first)

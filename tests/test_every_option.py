@@ -36,7 +36,7 @@ here = Path(__file__).parent
 class Watch:
     "What a command does, seen through PyTorch's own hooks: batches, chunks, memory kept for the backward pass."
     def __init__(self):
-        self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.saved = [], [], [], [], [], [], set(), {}, 0
+        self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.read, self.saved = [], [], [], [], [], [], set(), {}, [], 0
 
     def before(self, module, inputs):
         if isinstance(module, Model):
@@ -51,7 +51,7 @@ class Watch:
                 self.validated.append(inputs[0])
                 self.weights_seen.append(module.encoder.project.weight.detach().clone())
             self.model = module
-        if isinstance(module, NucleotideEncoder) and torch.is_grad_enabled(): self.chunks.append(len(inputs[0]))
+        if isinstance(module, NucleotideEncoder): (self.chunks if torch.is_grad_enabled() else self.read).append(len(inputs[0]))
         if isinstance(module, Block) and torch.is_grad_enabled():
             kept = inputs[2] if len(inputs) > 2 else None # factors of dropout
             self.zeroed.setdefault(module, []).append(0. if kept is None else float((kept == 0).float().mean()))
@@ -380,7 +380,8 @@ def predicted(runs, place, tmp_path_factory):
 
 def test_predict_batch_size_and_passes(predicted):
     watch, found = predicted('base.tsv')
-    small, again = predicted('small.tsv', '--batch-size', 5, '--prediction-passes', 1)
+    small, again = predicted('small.tsv', '--batch-size', 5, '--prediction-passes', 1, '--asv-chunk-size', 4)
+    assert max(watch.read) > 4 == max(small.read)
     assert max(map(len, watch.validated)) == 8 and max(map(len, small.validated)) == 5
     assert len(found) == 48 and sum(map(len, small.validated)) == 48 and sum(map(len, watch.validated)) > 3*44
     assert list(found) == ['prediction'] and list(predicted('spread.tsv', '--output-variance')[1]) == ['prediction', 'variance']
@@ -448,7 +449,7 @@ elsewhere_of = {
         'overwrite': 'test_errors.py::test_existing_output_survives', 'output': 'test_errors.py::test_existing_output_survives', 'table': 'test_rf_baseline.py::test_order_of_the_table_does_not_matter',
         'metadata': 'test_rf_baseline.py::test_missing_values_are_masked_column_by_column', 'metadata-column': 'test_rf_baseline.py::test_numbers_as_sklearn',
         **{f'{part}-samples': 'test_rf_baseline.py::test_numbers_as_sklearn' for part in ('train', 'val', 'test')}},
-    'predict': {'table': 'test_invariance.py::test_company_changes_no_prediction', 'overwrite': f'{Path(__file__).name}::test_predict_refuses_to_replace'},
+    'predict': {'asv-chunk-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'table': 'test_invariance.py::test_company_changes_no_prediction', 'overwrite': f'{Path(__file__).name}::test_predict_refuses_to_replace'},
 }
 
 

@@ -99,6 +99,51 @@ def test_company_changes_no_prediction(table, predictor):
     np.testing.assert_allclose(predictor.predict(table.select(some)), together[[table.sample_ids.index(s) for s in some]], atol=1e-5*np.ptp(together, axis=0).min())
 
 
+@torch.no_grad()
+def outputs_of_batches(predictor, table, passes):
+    "Readable predictions from whole batches through the whole model, pass by pass: the plain way."
+    data = predictor.data(table)
+    model = predictor.model.eval()
+    return [predictor.target.readable(torch.cat([model(make_batch(data, [i], ('target',), epoch=draw))['target'] for i in range(len(table))])) for draw in range(passes)]
+
+
+@pytest.mark.parametrize('reading', [{}, dict(token_limit=12, asv_sampling='random')], ids=['all', 'limit'])
+def test_predictions_are_those_of_the_plain_way(table, predictor, reading):
+    predictor = replace(predictor, reading=predictor.reading | reading)
+    plain = np.mean(outputs_of_batches(predictor, table, 3), 0)
+    for how in dict(), dict(batch_size=1), dict(batch_size=64), *(dict(asv_chunk_size=n) for n in (0, 1, 7, 10_000)):
+        found = predictor.predict(table, passes=3, **how)
+        assert np.abs(found - plain).max() < 1e-5*np.ptp(plain, axis=0).min(), how
+
+
+@pytest.mark.parametrize('chunk', [0, 16])
+def test_prediction_encodes_each_distinct_row_once(table, predictor, chunk):
+    "Whatever the number of samples and passes, without padding, and never more at a time than asked for."
+    read = []
+    hook = predictor.model.encoder.asvs.nucleotides.register_forward_hook(lambda module, given, out: read.append(given[0].clone()))
+    some = table.select(table.sample_ids[:9])
+    predictor.predict(some, passes=4, asv_chunk_size=chunk)
+    hook.remove()
+    rows = [tuple(row.tolist()) for tokens in read for row in tokens]
+    sequences = {some.sequences[a][:predictor.model.options.max_bp] for a in np.unique(some.counts.indices)}
+    assert len(rows) == len(set(rows)) == len(sequences) and not any(0 in row for row in rows)
+    assert chunk == 0 or max(map(len, read)) == chunk
+
+
+@pytest.mark.gpu
+def test_prediction_on_gpu(table, predictor):
+    "With the vectors on the GPU, or on the host."
+    from aam.inference import draw_states, encode_asvs
+    on_cpu, on_gpu = (predictor.predict(table, device=d) for d in ('cpu', 'cuda'))
+    assert np.abs(on_cpu - on_gpu).max() < 1e-4*np.ptp(on_cpu, axis=0).min()
+    model, data = predictor.model.to('cuda').eval(), predictor.data(table)
+    vectors = encode_asvs(model, data, range(8), device='cuda')
+    kept = replace(vectors, projected=vectors.projected.cpu(), kmers=vectors.kmers.cpu())
+    a, b = (draw_states(model, data, v, range(8), device='cuda') for v in (vectors, kept))
+    model.to('cpu')
+    for name in 'states', 'sums': torch.testing.assert_close(getattr(a, name), getattr(b, name))
+
+
 def test_every_output_of_a_sample_alone(data):
     model = model_of(data).eval()
     with torch.no_grad():

@@ -1,5 +1,6 @@
 "pretrain -> train -> predict -> rf-baseline through the installed command, on simulated and on real tables."
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def expect_files(run, *more):
     assert list((run/'tensorboard').glob('events*')) and not list(run.rglob('*.part'))
     epochs = [json.loads(line)['epoch'] for line in (run/'metrics.jsonl').read_text().splitlines()]
     assert epochs == list(range(1, len(epochs) + 1))
+    assert len(re.findall(r'first optimizer step \d+\.\d s after the start', (run/'training.log').read_text())) == 1
 
 
 def expect_scores(run, wanted, parts=('validation',)):

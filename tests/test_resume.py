@@ -55,7 +55,7 @@ def expect_equal(folder, other):
     for part, keys in dict(weights=['weights', 'split', 'scores', 'epoch'], training=['training', 'split']).items():
         a, b = (load_checkpoint(f/'checkpoints'/('best_model.pt' if part == 'weights' else 'last.pt'), part=part) for f in (folder, other))
         for key in keys: assert equal(a[key], b[key]), (part, key)
-    timeless = [[{k: v for k, v in json.loads(line).items() if k != 'seconds'} for line in lines(f)] for f in (folder, other)]
+    timeless = [[{k: v for k, v in json.loads(line).items() if k not in ('seconds', 'waited')} for line in lines(f)] for f in (folder, other)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == epochs
     for name in 'scores.json', 'val_predictions.tsv', 'train_samples.txt', 'val_samples.txt':
         assert (folder/name).exists() == (other/name).exists()

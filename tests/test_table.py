@@ -1,11 +1,13 @@
 "Guards of aam.table: both BIOM versions, damaged input, draws that belong to a sample."
 import gzip
 import logging
+from pathlib import Path
 
 import biom
 import h5py
 import numpy as np
 import pytest
+from scipy import sparse
 
 from aam.config import AamError
 from aam.table import (asv_samplings, choose_asvs, default_depth, draw_rng, make_table, rarefy, read_table, target_draw,
@@ -171,3 +173,114 @@ def test_sample_ids_that_occur_twice(tmp_path):
     with h5py.File(path, 'a') as f: f['sample/ids'][1] = 'a'
     with pytest.raises(AamError) as error: read_table(path)
     assert one_line(error)
+
+
+# HDF5 files are read without biom; it is the oracle
+
+def as_biom_reads(path):
+    "The table in `path` as `biom.load_table` and `make_table` give it."
+    loaded = biom.load_table(str(path))
+    return make_table(loaded.matrix_data.T, loaded.ids(), list(loaded.ids('observation')))
+
+
+def same_table(a, b):
+    return (a.sample_ids == b.sample_ids and a.sequences == b.sequences and (a.file_order == b.file_order).all() and a.counts.shape == b.counts.shape
+            and (a.counts != b.counts).nnz == 0 and a.counts.has_sorted_indices and a.counts.dtype == b.counts.dtype == np.int64)
+
+
+@pytest.mark.parametrize('samples, asvs, filled', [(1, 1, 1), (1, 40, .5), (40, 1, .5), (30, 80, .01), (30, 80, .3), (7, 7, 1)])
+@pytest.mark.parametrize('kind', ['f8', 'f4', 'i4', 'i8', 'u2'])
+def test_hdf5_is_read_as_biom_reads_it(tmp_path, samples, asvs, filled, kind):
+    rng = np.random.default_rng(samples + asvs)
+    counts = rng.integers(1, 60_000, (samples, asvs)) * (rng.random((samples, asvs)) < filled)
+    counts[0, 0], counts[1:2] = 3, 0 # some reads, and a sample without
+    sequences = random_sequences(asvs, rng)
+    path = write_biom(tmp_path/'t.biom', counts, [str(i) for i in rng.permutation(samples)], sequences)
+    with h5py.File(path, 'a') as f:
+        matrix = f['sample/matrix']
+        values, starts, columns = matrix['data'][:].astype(kind), matrix['indptr'][:], matrix['indices'][:]
+        for i in range(samples): # biom keeps the ASVs of a sample in any order
+            row, order = slice(starts[i], starts[i + 1]), rng.permutation(starts[i + 1] - starts[i])
+            values[row], columns[row] = values[row][order], columns[row][order]
+        del matrix['data'], matrix['indices']
+        matrix['data'], matrix['indices'] = values, columns
+    table = read_table(path)
+    assert same_table(table, as_biom_reads(path))
+    assert (table.counts.toarray() == counts[:, table.file_order]).all()
+
+
+def test_version_2_0_and_names_of_fixed_width(tmp_path, community):
+    counts, samples, sequences = community
+    path = write_biom(tmp_path/'t.biom', counts, [f'é{s}' for s in samples], sequences)
+    table = read_table(path)
+    with h5py.File(path, 'a') as f:
+        for axis in 'sample', 'observation': # v2.0 has the matrix in the group itself
+            for name in 'data', 'indices', 'indptr': f.move(f'{axis}/matrix/{name}', f'{axis}/{name}')
+            del f[f'{axis}/matrix']
+            ids = [i.encode() for i in f[f'{axis}/ids'].asstr()[:]]
+            del f[f'{axis}/ids']
+            f.create_dataset(f'{axis}/ids', data=np.array(ids, h5py.string_dtype('utf-8', max(map(len, ids)))))
+    assert same_table(read_table(path), table) and table.sample_ids == [f'é{s}' for s in samples]
+
+
+def damage(path, name, change):
+    with h5py.File(path, 'a') as f:
+        values = change(f[name][:])
+        del f[name]
+        f[name] = values
+
+
+@pytest.mark.parametrize('name, change', [
+    ('sample/matrix/indices', lambda x: x + 1), ('sample/matrix/indices', lambda x: x - 1), ('sample/matrix/indices', lambda x: x[:-1]), ('sample/matrix/indices', lambda x: x.astype(float)/2),
+    ('sample/matrix/indptr', lambda x: x[:-1]), ('sample/matrix/indptr', lambda x: x[::-1].copy()), ('sample/matrix/indptr', lambda x: x + 1), ('sample/matrix/indptr', lambda x: x*2),
+    ('sample/matrix/data', lambda x: x.astype('S9')), ('sample/matrix/data', lambda x: x.astype(complex)), ('sample/matrix/data', lambda x: x[:-2]),
+    ('sample/ids', lambda x: x[:-1]), ('observation/ids', lambda x: x[:-1]), ('observation/ids', lambda x: np.repeat(x[:1], len(x))), ('sample/ids', lambda x: np.arange(len(x))),
+    ('observation/ids', lambda x: np.append(x, b'ACGTACGTACGT'))])
+def test_damaged_hdf5(tmp_path, community, name, change):
+    path = write_biom(tmp_path/'t.biom', *community)
+    damage(path, name, change)
+    with pytest.raises(AamError, match='t.biom: not a readable BIOM table') as error: read_table(path)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize('missing', ['sample', 'observation', 'sample/ids', 'sample/matrix/data'])
+def test_incomplete_hdf5(tmp_path, community, missing):
+    path = write_biom(tmp_path/'t.biom', *community)
+    with h5py.File(path, 'a') as f: del f[missing]
+    with pytest.raises(AamError, match='not a readable BIOM table') as error: read_table(path)
+    assert one_line(error)
+
+
+def test_real_tables_are_read_as_biom_reads_them():
+    files = sorted((Path(__file__).resolve().parents[2]/'shared/data').glob('*/*.biom'))
+    if not files: pytest.skip('the real tables are not here')
+    for path in files: assert same_table(read_table(path), as_biom_reads(path)), path
+
+
+def test_make_table_leaves_its_input_alone(community):
+    counts, samples, sequences = community
+    given = sparse.csr_matrix(counts[:, ::-1].astype(np.int64))
+    before = given.copy()
+    names = [*sequences[:-1], sequences[0]] # two columns of one sequence
+    table = make_table(given, samples, names)
+    assert (given.indices == before.indices).all() and (given.data == before.data).all() and (given.indptr == before.indptr).all()
+    assert len(table.sequences) == len(sequences) - 1 and table.counts.sum() == counts.sum()
+    assert (table.counts[:, table.sequences.index(sequences[0])].toarray()[:, 0] == counts[:, -1] + counts[:, 0]).all()
+
+
+@pytest.mark.slow
+def test_large_table_stays_sparse(tmp_path):
+    "Memory in proportion to what the file holds, and no slower than biom and NumPy at the same; the benchmark checks that nothing is lost."
+    from argparse import Namespace
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location('large_table', Path(__file__).resolve().parents[1]/'benchmarks/large_table.py')
+    benchmark = module_from_spec(spec); spec.loader.exec_module(benchmark)
+    size = Namespace(samples=20_000, asvs=100_000, richness=300)
+    stages, found = benchmark.measure(['write', 'load', 'rival'], tmp_path/'table.biom', size)
+    assert found[0] == found[1] == found[2]
+    part = {(s['part'], s['stage']): s for s in stages}
+    grown = max(part['load', name]['peak_gb'] for name in ('load', 'prepare', 'batch', 'rarefy')) - part['load', 'import']['peak_gb']
+    held = (12*size.samples*size.richness + 450*size.asvs)/2**30 # reads and indices; sequences, tokens and 6-mers
+    assert grown < 6*held < 0.05*8*size.samples*size.asvs/2**30 # the dense table would be twenty times larger than even that
+    ours, rivals = (sum(part[p, name]['seconds'] for name in names) for p, names in (('load', ('load', 'prepare')), ('rival', ('load', 'np.unique'))))
+    assert ours < 1.5*rivals

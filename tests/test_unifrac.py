@@ -13,7 +13,7 @@ from skbio.diversity import alpha_diversity, beta_diversity
 
 from aam.config import AamError
 from aam.table import make_table, rarefy, read_table
-from aam.unifrac import (Distances, branch_presence, faith_pd, read_distances, read_tree, tree_distances,
+from aam.unifrac import (Distances, StoredMatrix, branch_presence, faith_pd, read_distances, read_tree, tree_distances,
                          unweighted_unifrac, write_distances)
 
 data = Path(__file__).parents[2]/'shared'/'data'
@@ -183,10 +183,61 @@ def test_pickles_are_not_opened(tmp_path):
 ])
 def test_matrices_that_are_refused(tmp_path, distances, damage, message):
     damage(distances.matrix)
-    for extension in ['.h5', '.tsv']:
+    for extension, in_memory in [('.h5', 2**30), ('.tsv', 2**30), ('.h5', 0), ('.npy', 0)]:
         write_distances(distances, tmp_path/f'd{extension}')
-        with pytest.raises(AamError, match=message) as error: read_distances(tmp_path/f'd{extension}')
+        with pytest.raises(AamError, match=message) as error: read_distances(tmp_path/f'd{extension}', in_memory=in_memory)
         assert one_line(error)
+
+
+# --- files larger than memory ---
+
+@pytest.mark.parametrize('extension', ['.h5', '.npy'])
+@pytest.mark.parametrize('kind', ['f4', 'f8'])
+def test_large_matrices_stay_in_their_file(tmp_path, extension, kind):
+    "Joined by ID as from memory, in this process and in workers."
+    from aam.data import Plan, SampleData, loader
+    rng, n = np.random.default_rng(0), 40
+    points = rng.random((n, 3)).astype(np.float32)
+    matrix = np.linalg.norm(points[:, None] - points, axis=-1).astype(kind)
+    ids = [f's{i}' for i in rng.permutation(n)]
+    write_distances(Distances(ids, matrix), tmp_path/f'd{extension}')
+    stored, kept = (read_distances(tmp_path/f'd{extension}', in_memory=b) for b in (0, 2**30))
+    assert isinstance(stored.matrix, StoredMatrix) and isinstance(kept.matrix, np.ndarray)
+    some = ids[5:30:3]
+    assert (stored.align(some) == kept.align(some)).all() and kept.align(some).dtype == stored.align(some).dtype == np.float32
+    table = make_table(rng.integers(1, 9, (30, 4)), sorted(ids)[:30], names(4)) # fewer samples, in another order
+    plans = [Plan(SampleData(table, 1, distances=d), list(range(30)), ('unifrac',), False, 4, True) for d in (stored, kept)]
+    for workers in 0, 2:
+        for epoch in 0, 1:
+            found, wanted = [[b.unifrac.numpy() for b in loader(plans[i], epoch, workers if i == 0 else 0)] for i in (0, 1)]
+            assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, wanted, strict=True))
+
+
+def test_checks_go_over_every_part(distances):
+    "A fault anywhere is found, however the matrix is cut into parts."
+    from aam.unifrac import _check_distances
+    n = len(distances.matrix)
+    for numbers in 1, n, 2*n, 4*n, 1000:
+        assert _check_distances(Path('d.h5'), distances.sample_ids, distances.matrix, numbers=numbers).sample_ids == distances.sample_ids
+        for i in range(n):
+            for j in range(n):
+                for value in (.3 if i == j else distances.matrix[i, j] + .01), -1., np.nan:
+                    wrong = distances.matrix.copy(); wrong[i, j] = value
+                    with pytest.raises(AamError): _check_distances(Path('d.h5'), distances.sample_ids, wrong, numbers=numbers)
+
+
+def test_damage_behind_the_first_rows(tmp_path):
+    "Of a file that is cut short, or has chunks that cannot be read."
+    matrix = np.zeros((300, 300), np.float32)
+    write_distances(Distances([str(i) for i in range(300)], matrix), tmp_path/'d.h5')
+    content = (tmp_path/'d.h5').read_bytes()
+    (tmp_path/'d.h5').write_bytes(content[:len(content)//2])
+    np.save(tmp_path/'d.npy', matrix)
+    (tmp_path/'d.npy').write_bytes((tmp_path/'d.npy').read_bytes()[:-100])
+    for name in 'd.h5', 'd.npy':
+        for in_memory in 0, 2**30:
+            with pytest.raises(AamError, match='not a readable distance matrix') as error: read_distances(tmp_path/name, [str(i) for i in range(300)], in_memory)
+            assert one_line(error)
 
 
 @pytest.mark.parametrize('text, message', [
