@@ -25,7 +25,7 @@ from aam.config import TrainingOptions, command_parser
 from aam.encoder import Encoder, NucleotideEncoder
 from aam.layers import Block
 from aam.optim import Schedule
-from aam.predictor import Model
+from aam.predictor import Model, TargetHead
 from aam.table import read_table
 from aam.unifrac import read_distances
 
@@ -36,7 +36,7 @@ here = Path(__file__).parent
 class Watch:
     "What a command does, seen through PyTorch's own hooks: batches, chunks, memory kept for the backward pass."
     def __init__(self):
-        self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.read, self.saved = [], [], [], [], [], [], set(), {}, [], 0
+        self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.read, self.judged, self.saved = [], [], [], [], [], [], set(), {}, [], [], 0
 
     def before(self, module, inputs):
         if isinstance(module, Model):
@@ -55,6 +55,7 @@ class Watch:
         if isinstance(module, Block) and torch.is_grad_enabled():
             kept = inputs[2] if len(inputs) > 2 else None # factors of dropout
             self.zeroed.setdefault(module, []).append(0. if kept is None else float((kept == 0).float().mean()))
+        if isinstance(module, TargetHead) and not module.training: self.judged.append(len(inputs[0].states))
         if isinstance(module, Encoder): self.encoded += inputs[0].sample_ids
 
     def keep(self, tensor):
@@ -354,13 +355,13 @@ def test_linear_start(runs, place, tmp_path):
 
 
 def test_frozen_encoder_costs_one_pass(runs, place, tmp_path):
-    "Each sample is encoded once, however many epochs there are; then the held-out ones again, to be predicted as `aam predict` does."
+    "Each sample is encoded once, however many epochs there are. (The final predictions go their own way, as in `aam predict`.)"
     encoder = runs('pretrain', 'base').folder/'checkpoints'/'best_model.pt'
     for epochs in 1, 4:
         folder = tmp_path/str(epochs)
         watch = Watch().run('train', *place(files['train']), '--pretrained-encoder', encoder, '--freeze-base', '--epochs', epochs, '--val-prediction-passes', 1, '--device', 'cpu', '--output-dir', folder)
         r = Files(folder)
-        assert sorted(watch.encoded) == sorted(r.ids('train') + 2*r.ids('val'))
+        assert sorted(watch.encoded) == sorted(r.ids('train') + r.ids('val'))
         assert len(watch.trained) == epochs * -(-len(r.ids('train')) // 8) and all(b.tokens is None for b in watch.trained)
         for name, w in load_checkpoint(encoder)['weights'].items():
             if name.startswith('encoder.'): assert torch.equal(w, r.weights[name]) and torch.equal(w, r.last['model'][name])
@@ -382,8 +383,8 @@ def test_predict_batch_size_and_passes(predicted):
     watch, found = predicted('base.tsv')
     small, again = predicted('small.tsv', '--batch-size', 5, '--prediction-passes', 1, '--asv-chunk-size', 4)
     assert max(watch.read) > 4 == max(small.read)
-    assert max(map(len, watch.validated)) == 8 and max(map(len, small.validated)) == 5
-    assert len(found) == 48 and sum(map(len, small.validated)) == 48 and sum(map(len, watch.validated)) > 3*44
+    assert max(watch.judged) == 8 and max(small.judged) == 5
+    assert len(found) == 48 and sum(small.judged) == 48 and sum(watch.judged) > 3*44
     assert list(found) == ['prediction'] and list(predicted('spread.tsv', '--output-variance')[1]) == ['prediction', 'variance']
     assert not np.allclose(found.prediction, again.prediction, rtol=1e-6)
 
