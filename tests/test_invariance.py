@@ -130,6 +130,18 @@ def test_prediction_encodes_each_distinct_row_once(table, predictor, chunk):
     assert chunk == 0 or max(map(len, read)) == chunk
 
 
+def test_memory_options_of_the_command(aam, survey, trained, table, tmp_path):
+    "Samples in the order of the table, the same numbers whatever is computed at a time."
+    found = []
+    for i, more in enumerate([[], ['--asv-chunk-size', 7, '--batch-size', 3], ['--asv-chunk-size', 0, '--batch-size', 100]]):
+        aam('predict', '--model', trained/'checkpoints'/'best_model.pt', '--table', survey/'table.biom', '--output', tmp_path/f'{i}.tsv', '--device', 'cpu', *more)
+        found.append(pd.read_csv(tmp_path/f'{i}.tsv', sep='\t', dtype={'sample_id': str}))
+    assert all(list(f.sample_id) == table.sample_ids for f in found)
+    first, *others = [f.select_dtypes('number').to_numpy() for f in found]
+    for other in others: np.testing.assert_allclose(other, first, atol=1e-5*np.ptp(first, axis=0).min())
+    assert first.size and np.ptp(first, axis=0).min() > 0
+
+
 @pytest.mark.gpu
 def test_prediction_on_gpu(table, predictor):
     "With the vectors on the GPU, or on the host."
