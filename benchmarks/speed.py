@@ -1,6 +1,6 @@
 """Time, memory and arithmetic of a training step, beside a padded baseline on the same machine in the same run.
 
-    python benchmarks/speed.py [--device cuda] [--sizes default,medium,large] [--what step,memory,frozen,loader] [--profile FOLDER]
+    python benchmarks/speed.py [--device cuda] [--sizes default,medium,large] [--what baseline,eager,fast,memory,frozen] [--profile FOLDER]
 
 A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 bases, a tenth of them masked; a step is forward, backward and optimizer of
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
@@ -19,8 +19,9 @@ from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
 from aam.simulate import yule_tree
+from aam.states import KeptStates
 from aam.table import make_table
-from aam.trainer import Training, compile_model, train_step
+from aam.trainer import Training, compile_model, train_epoch, train_step
 from aam.unifrac import make_branches
 
 sizes = dict(default=(128, 4, 4), medium=(768, 6, 4), large=(1152, 12, 8))
@@ -161,6 +162,26 @@ def baseline_row(data, size, device, rate, warm, repeats):
     seconds = timed(step, device, 0, repeats)
     return dict(seconds=seconds, alone=seconds, memory=peak_gb(device), asvs=distinct/seconds)
 
+def epochs(size, device, frozen, groups=32, **options) -> dict:
+    "Seconds of an epoch of `aam train` over 256 samples after the first two, loading and all; and the share of it spent waiting for batches."
+    data = simulated_data(groups)
+    data.target = np.random.default_rng(0).normal(size=(len(data.table), 1)).astype(np.float32)
+    width, heads, layers = sizes[size]
+    o = TrainingOptions(**options)
+    tasks = ('target',) if frozen else ('target', 'count', 'unifrac', 'nuc')
+    torch.manual_seed(0)
+    model = Model(EncoderOptions(embedding_dim=width, attention_heads=heads, attention_layers=layers), tasks, 1, checkpointing=o.gradient_checkpointing, chunk_size=o.asv_chunk_size).to(device)
+    plan = Plan(data, list(range(len(data.table))), tuple(v for v in ('target', 'count', 'unifrac') if v in tasks), not frozen, batch_size, training=True)
+    prime(model, plan.batch(0, 0).to(device))
+    if frozen: plan = KeptStates(plan, model.freeze_base(), device)
+    if o.compile_model == 'on': compile_model(model)
+    t = Training(model, Objective(dict.fromkeys(tasks, 1.), target_deviation=torch.ones(1), unifrac_variance=0.01), plan, plan, o, device=device)
+    found = []
+    for _ in range(2 + (4 if device == 'cuda' else 1)):
+        found.append(train_epoch(t, 'regression')); t.epoch += 1
+    best = min(found[2:], key=lambda line: line['seconds'])
+    return dict(seconds=best['seconds'], waited=best['waited'])
+
 def show(size, name, row, base=None):
     "One line."
     more = f"{row['tflops']:7.1f} TFLOP/s {100*row['share']:5.1f} %" if 'tflops' in row else ' '*24
@@ -187,6 +208,9 @@ def main():
         if 'eager' in what: show(size, 'aam, --no-gradient-checkpointing, chunk 0', step_row(data, size, device, rate, warm, repeats, **free), base)
         if 'fast' in what: show(size, f'aam, the same, --compile-model {on}', step_row(data, size, device, rate, warm, repeats, compile_model=on, **free), base)
         if 'memory' in what: show(size, f'aam, checkpointing, chunk 256, compile {on}', step_row(data, size, device, rate, warm, repeats, compile_model=on), base)
+        if 'frozen' in what:
+            whole, frozen = epochs(size, device, False, compile_model=on), epochs(size, device, True)
+            print(f"{size:<8} an epoch of 256 samples, guide's defaults, compile {on}: {whole['seconds']:.3f} s ({100*whole['waited']:.1f} % waiting for batches); frozen {frozen['seconds']:.3f} s: {whole['seconds']/frozen['seconds']:.0f} x", flush=True)
         if args.profile: profile(data, size, device, args.profile, compile_model=on, **free)
 
 def profile(data, size, device, folder, **options):

@@ -23,7 +23,7 @@ from aam.optim import AveragedWeights, Schedule, optimizers
 from aam.predictor import Model, prime
 from aam.session import find_compiler, largest_batch, measured_batch_size, peak_memory, pick_compile, tf32
 from aam.table import make_table
-from aam.trainer import Training, autocast, compile_model, fit, gradients, train_step, update, validate
+from aam.trainer import Training, autocast, compile_model, fit, gradients, train_step, validate
 from aam.unifrac import Branches
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
