@@ -288,6 +288,8 @@ class Plan:
 
     def __len__(self): return -(-len(self.samples) // self.batch_size)
 
+    def close(self): "Ends the processes that prepared batches."; self._kept.clear()
+
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`."
         samples = self.order(epoch)[k*self.batch_size:(k + 1)*self.batch_size]

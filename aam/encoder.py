@@ -36,8 +36,7 @@ class BaseEmbedding(nn.Module):
         D = options.embedding_dim
         self.letters = nn.Embedding(vocab_size, D, padding_idx=pad_id)
         self.position = nn.Parameter(torch.randn(options.max_bp, D) * 0.02)
-        self.around = nn.Linear(self.window * (vocab_size - 1), D) if options.local_view else None
-        if options.local_view: nn.init.normal_(self.around.weight, std=0.2)
+        self.around = nn.Conv1d(D, D, self.window, padding=self.window // 2) if options.local_view else None
 
     def windows(self, tokens:Tensor) -> Tensor: # (T, L, 9 letters), 1 where a letter stands, 0 for padding
         "The letters around each base as zeros and ones."
@@ -51,9 +50,9 @@ class BaseEmbedding(nn.Module):
         # a product instead of a look-up, whose gradient is a sum over all bases, one after the other
         x = F.pad(one_hot(tokens), (0, 1)) @ F.pad(self.letters.weight, (0, 0, 0, 1)) + self.position[:tokens.shape[1]]
         if self.around is None: return short(x)
-        spare = -self.around.in_features % 8 # tensor cores read multiples of eight numbers
-        windows = F.pad(self.windows(tokens), (0, spare))
-        return short(x + F.gelu(F.linear(windows, F.pad(self.around.weight, (0, spare)), self.around.bias)))
+        table = torch.einsum('ve,dek->dkv', self.letters.weight[1:], self.around.weight).flatten(1) # (D, 9 letters)
+        spare = -table.shape[1] % 8 # tensor cores read multiples of eight numbers
+        return short(x + F.gelu(F.linear(F.pad(self.windows(tokens), (0, spare)), F.pad(table, (0, spare)), self.around.bias)))
 
 # %% ../nbs/11_encoder.ipynb #5d0c81ad
 class NucleotideEncoder(nn.Module):

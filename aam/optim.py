@@ -118,7 +118,8 @@ class AveragedWeights:
     "Exponential moving average of a model's floating-point state."
     def __init__(self, model, decay:float):
         self.decay, self.steps = decay, 0
-        self.live = {k: v for k, v in model.state_dict().items() if v.is_floating_point()} # the model's own tensors, listed once
+        fixed = {k for k, p in model.named_parameters() if not p.requires_grad}
+        self.live = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and k not in fixed} # the model's own tensors, listed once
         self.values = {k: v.clone() for k, v in self.live.items()}
 
     @torch.no_grad()

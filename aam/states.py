@@ -48,6 +48,7 @@ class KeptStates:
         self.place = {sample: k for k, sample in enumerate(plan.samples)}
 
     def __len__(self): return len(self.plan)
+    def close(self): self.plan.close()
 
     def look_up(self, samples) -> SampleStates:
         "States of `samples`, padded."

@@ -218,14 +218,17 @@ def fit(t:Training,
             if better and save_best: save_best(t.model, scores)
         return scores
 
-    if from_start and t.step == 0: judge()
-    while t.epoch < t.options.epochs and t.waited < t.options.patience:
-        trained = train_epoch(t, mode, record)
-        t.epoch += 1
-        scores = judge()
-        t.schedule.watch(scores['val_loss'])
-        line = {f'train_{k}' if k not in ('seconds', 'waited', 'lr', 'peak_memory_gb') else k: x for k, x in trained.items()} | scores
-        if record: record.epoch(line, t.epoch, t.step)
-        if report: report(t, line)
-        if save_last: save_last(t.state_dict())
+    try:
+        if from_start and t.step == 0: judge()
+        while t.epoch < t.options.epochs and t.waited < t.options.patience:
+            trained = train_epoch(t, mode, record)
+            t.epoch += 1
+            scores = judge()
+            t.schedule.watch(scores['val_loss'])
+            line = {f'train_{k}' if k not in ('seconds', 'waited', 'lr', 'peak_memory_gb') else k: x for k, x in trained.items()} | scores
+            if record: record.epoch(line, t.epoch, t.step)
+            if report: report(t, line)
+            if save_last: save_last(t.state_dict())
+    finally:
+        for plan in t.train, t.stop: plan.close()
     return t

@@ -457,6 +457,7 @@ def test_commands_on_a_gpu(aam, survey, inputs, tmp_path):
 def test_num_workers():
     t = training(tasks=('target', 'count', 'unifrac', 'nuc'), batch_size=3)
     alone, helped = (list(loader(t.train, epoch=2, workers=n)) for n in (0, 2))
+    t.train.close()
     assert len(alone) == 3
     for a, b in zip(alone, helped):
         assert a.sample_ids == b.sample_ids
