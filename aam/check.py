@@ -98,12 +98,12 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
         report.add('note', f"{alike.sum()} of {len(alike)} ASVs ({100*facts['max_bp']['reads_alike']:.1f} % of the reads) differ only behind --max-bp {max_bp}: the nucleotide stack sees them alike; --max-bp {facts['max_bp']['all_apart_at']} tells all apart")
     report.facts['sequences'] = facts
 
-def check_matrix(report:Report, inputs, input:InputOptions, frame_ids:list):
+def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_ids:list):
     "Whether the matrix is about the samples of the table."
     from aam.diagnosis import matrix_facts, matrix_findings
     if inputs.distances is None: return
     facts = matrix_facts(inputs.table, inputs.distances, inputs.depth, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
-    report.findings += matrix_findings(facts, input.unifrac_matrix)
+    report.findings += matrix_findings(facts, input.unifrac_matrix, metric)
     report.facts['matrix'] = dict(file=Path(input.unifrac_matrix).name, **(facts or {}))
 
 # %% ../nbs/37_check.ipynb #c5243f41
@@ -411,7 +411,7 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
         inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata)
         for column in [*o.columns, *(o.technical or [])]: get_column(inputs.frame, column)
         check_sequences(report, inputs, input, encoder.max_bp)
-        check_matrix(report, inputs, input, None if o.metadata is None else list(read_metadata(o.metadata).index))
+        check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
         target, actual = check_target(report, inputs, o)
         if input.rarefy_depth: inputs.depth = input.rarefy_depth
         check_depth(report, inputs, target, actual, input.rarefy_depth)

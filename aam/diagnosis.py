@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'levels', 'primers', 'region_starts', 'technical_words', 'Finding', 'reverse_complement', 'iupac_pattern',
            'locate_sequence', 'sequence_facts', 'sequence_findings', 'indistinguishable', 'telling_length',
-           'limit_facts', 'jaccard_distances', 'standardised_ranks', 'rank_correlation', 'usual_orders', 'matrix_facts',
-           'matrix_findings', 'technical_columns', 'mean_of_others', 'majority_of_others', 'group_prediction',
-           'technical_finding', 'quick_check']
+           'limit_facts', 'jaccard_distances', 'bray_curtis_distances', 'expected_distances', 'standardised_ranks',
+           'rank_correlation', 'row_correlations', 'usual_orders', 'order_facts', 'best_order', 'matrix_facts',
+           'matrix_findings', 'metric_findings', 'technical_columns', 'mean_of_others', 'majority_of_others',
+           'group_prediction', 'technical_finding', 'quick_check']
 
 # %% ../nbs/17_diagnosis.ipynb #a0fd58ad
 import logging, re
@@ -15,12 +16,13 @@ import numpy as np
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 
 from .config import AamError, InputOptions
 from .inputs import Inputs
 from .table import Table, choose_asvs, draw_rng, rarefy
-from .unifrac import Distances, branch_presence, unweighted_unifrac
+from .unifrac import Distances, unifrac_distances
 
 log = logging.getLogger('aam')
 
@@ -147,6 +149,16 @@ def jaccard_distances(counts) -> np.ndarray: # sparse reads (N, A) -> (N, N)
     own = shared.diagonal()
     return 1 - shared/np.maximum(own[:, None] + own[None] - shared, 1)
 
+def bray_curtis_distances(counts) -> np.ndarray: # sparse reads (N, A), as many in each sample -> (N, N)
+    "Share of the reads of two samples that they do not have in common."
+    used = np.unique(counts.indices)
+    return cdist(counts[:, used].toarray().astype(np.float32), counts[:, used].toarray().astype(np.float32), 'braycurtis')
+
+def expected_distances(counts, branches=None) -> dict[str, np.ndarray]: # (N, N) by what they are: of presence first, then of abundance
+    "What a matrix is compared with."
+    if branches is None: return {'Jaccard': jaccard_distances(counts), 'Bray-Curtis': bray_curtis_distances(counts)}
+    return {f'{metric} UniFrac from the tree': unifrac_distances(counts, branches, metric) for metric in ('unweighted', 'weighted')}
+
 def standardised_ranks(distances:np.ndarray) -> np.ndarray: # (N, N) -> (N, N)
     "Ranks of the pairs, scaled so that the product of two such matrices, summed over pairs, is Spearman's correlation."
     upper = np.triu_indices(len(distances), 1)
@@ -161,11 +173,34 @@ def rank_correlation(a:np.ndarray, b:np.ndarray, order=slice(None)) -> float:
     "Spearman's correlation of standardised ranks, the rows and columns of `a` taken in another order."
     return float((a[order][:, order]*b).sum()/2)
 
+def row_correlations(a:np.ndarray, b:np.ndarray) -> np.ndarray: # standardised ranks, (N, N) each -> (N, N)
+    "How well each row of `a` follows each row of `b`."
+    return np.divide(*np.broadcast_arrays(a @ b.T, np.maximum(np.sqrt((a**2).sum(1)[:, None]*(b**2).sum(1)[None]), 1e-12)))
+
 # %% ../nbs/17_diagnosis.ipynb #0bed4e9a
 def usual_orders(ids:list[str]) -> dict[str, list[str]]:
     "Other orders that the rows of a matrix may have been written in."
     return {'sorted by ID': sorted(ids), 'in reverse': ids[::-1], 'one row further down': ids[-1:] + ids[:-1], 'one row further up': ids[1:] + ids[:1]}
 
+def order_facts(distances:Distances, order:list[str], ids:list[str], own:np.ndarray, expected:np.ndarray) -> dict|None:
+    "How `ids` would fit if the rows of a matrix were in `order`; None if that moves too few of them to tell. `own` is how each fits as it is."
+    there = Distances(order, distances.matrix)
+    place = {s: i for i, s in enumerate(order)}
+    moved = np.array([distances.sample_ids[place[s]] != s for s in ids])
+    if moved.sum() < 8: return None
+    found = standardised_ranks(there.align(ids))
+    better = row_correlations(found, expected).diagonal()[moved] > own[moved]
+    return dict(correlation=rank_correlation(found, expected), better=float(better.mean()))
+
+def best_order(distances:Distances, orders:dict, *compared) -> dict:
+    "The order that fits most of the samples it moves better."
+    known = set(distances.sample_ids)
+    found = {name: order_facts(distances, order, *compared) for name, order in orders.items() if len(order) == len(known) and set(order) == known}
+    found = {name: facts for name, facts in found.items() if facts}
+    best = max(found, key=lambda name: found[name]['better'], default=None)
+    return dict(order=best, **found[best]) if best else dict(order=None, correlation=None, better=0.)
+
+# %% ../nbs/17_diagnosis.ipynb #5e0c1a77
 def matrix_facts(
     table:Table,
     distances:Distances,
@@ -180,35 +215,47 @@ def matrix_facts(
     rng, deep = np.random.default_rng(seed), np.flatnonzero(table.reads >= depth)
     if len(deep) < 8: return None
     ids = [table.sample_ids[i] for i in np.sort(rng.permutation(deep)[:most])]
-    drawn = [rarefy(table.select(ids), depth, seed, epoch).counts for epoch in (0, 1)]
-    expected, again = [standardised_ranks(jaccard_distances(d) if branches is None else unweighted_unifrac(branch_presence(d, branches), branches.lengths)) for d in drawn]
-    if rank_correlation(expected, again) < .3: return None # the same ASVs everywhere
+    drawn = [expected_distances(rarefy(table.select(ids), depth, seed, epoch).counts, branches) for epoch in (0, 1)]
     found = standardised_ranks(distances.align(ids))
-    product = (found*expected).sum(1)
-    own = product/np.maximum(np.sqrt((found**2).sum(1)*(expected**2).sum(1)), 1e-12) # sample by sample
-    others = {}
-    for name, order in {**usual_orders(distances.sample_ids), **(orders or {})}.items():
-        if order != distances.sample_ids and set(order) == set(distances.sample_ids):
-            others[name] = rank_correlation(standardised_ranks(Distances(order, distances.matrix).align(ids)), expected)
-    best = max(others, key=others.get, default=None)
-    return dict(compared_with='Jaccard' if branches is None else 'UniFrac from the tree', samples=len(ids), correlation=rank_correlation(found, expected),
+    fits = {name: rank_correlation(found, standardised_ranks(d)) for name, d in drawn[0].items()}
+    name = max(fits, key=fits.get)
+    expected, again = (standardised_ranks(d[name]) for d in drawn)
+    if rank_correlation(expected, again) < .3: return None # the same ASVs everywhere
+    rows = row_correlations(found, expected)
+    own = rows.diagonal()
+    astray = (rows > own[:, None]).mean(1) > .5
+    orders = {**usual_orders(distances.sample_ids), **{k: [s for s in order if s in distances._place] for k, order in (orders or {}).items()}}
+    return dict(compared_with=name, samples=len(ids), correlation=fits[name], correlations=fits,
                 by_chance=max(rank_correlation(found, expected, rng.permutation(len(ids))) for _ in range(permutations)),
-                unlike=float((own < .1).mean()), best_other_order=best, best_other_correlation=others.get(best))
+                astray=int(astray.sum()), misplaced=min(1., 2*float(astray.mean())), other_order=best_order(distances, orders, ids, own, expected))
 
 # %% ../nbs/17_diagnosis.ipynb #0facbcb6
-def matrix_findings(facts:dict|None, path:Path) -> list[Finding]:
+def matrix_findings(
+    facts:dict|None, # as from `matrix_facts`
+    path:Path, # of the matrix
+    metric:str=None, # --unifrac-metric
+) -> list[Finding]:
     "Whether the rows of a matrix are those of the table."
     name = Path(path).name
     if facts is None: return [Finding('note', f'{name}: the samples are too few or too alike to tell whether its rows are in the order of the table')]
-    r, other = facts['correlation'], facts['best_other_correlation'] or -1
+    r, chance, other, said = facts['correlation'], facts['by_chance'], facts['other_order'], f"rank correlation with {facts['compared_with']}"
     remedy = f"write the IDs of its rows to {Path(path).with_suffix('.ids.txt').name}, one a line" if Path(path).suffix == '.npy' else 'compute it again from this table'
-    if other > max(r + .1, facts['by_chance']):
-        return [Finding('error', f"{name}: its rows are not in the order of the table; they fit {facts['best_other_order']} (rank correlation with {facts['compared_with']} {other:.2f} instead of {r:.2f}): {remedy}")]
-    if r <= facts['by_chance']:
-        return [Finding('error', f"{name}: its rows are not the samples of the table in their order (rank correlation with {facts['compared_with']} {r:.2f}; rows shuffled at random reach {facts['by_chance']:.2f}): {remedy}")]
-    if facts['unlike'] > .05:
-        return [Finding('warning', f"{name}: the distances of {100*facts['unlike']:.0f} % of the samples do not follow their ASVs; part of the rows may be in another order: {remedy}")]
-    if r < .3: return [Finding('warning', f"{name}: follows the ASVs of the samples weakly (rank correlation with {facts['compared_with']} {r:.2f}); is it UniFrac of this table?")]
+    if other['better'] > .75 and other['correlation'] > chance:
+        return [Finding('error', f"{name}: its rows are not in the order of the table; they fit {other['order']} ({said} {other['correlation']:.2f} instead of {r:.2f}): {remedy}")]
+    if r <= chance:
+        return [Finding('error', f"{name}: its rows are not the samples of the table in their order ({said} {r:.2f}; rows shuffled at random reach {chance:.2f}): {remedy}")]
+    if facts['astray'] > 3 and facts['misplaced'] > .25:
+        return [Finding('error', f"{name}: about {100*facts['misplaced']:.0f} % of its rows are not the samples of the table in their order ({said} {r:.2f}): {remedy}")]
+    if facts['astray'] > 3 and facts['misplaced'] > (.2 if facts['compared_with'] == 'Bray-Curtis' else .1):
+        return [Finding('warning', f"{name}: about {100*facts['misplaced']:.0f} % of its rows do not follow the ASVs of their samples; part of them may be in another order: {remedy}")]
+    return metric_findings(name, facts['correlations'], metric) or ([Finding('warning', f'{name}: follows the ASVs of the samples weakly ({said} {r:.2f}); is it UniFrac of this table?')] if r < .3 else [])
+
+def metric_findings(name:str, correlations:dict, metric:str=None) -> list[Finding]:
+    "Whether a matrix looks weighted where --unifrac-metric says unweighted, or the other way round."
+    (presence, by_presence), (abundance, by_abundance) = correlations.items()
+    shown = f'rank correlation with {presence} {by_presence:.2f}, with {abundance} {by_abundance:.2f}'
+    if metric == 'unweighted' and by_abundance > by_presence + .1: return [Finding('warning', f'{name}: follows abundances ({shown}); if it is weighted UniFrac, say --unifrac-metric weighted')]
+    if metric == 'weighted' and by_presence > by_abundance + .1: return [Finding('warning', f'{name}: follows presence, not abundances ({shown}); if it is unweighted UniFrac, say --unifrac-metric unweighted')]
     return []
 
 # %% ../nbs/17_diagnosis.ipynb #d97b8ab0
@@ -256,11 +303,11 @@ def technical_finding(column:str, target:str, facts:dict, is_class:bool) -> Find
     return Finding('warning', f'{column} predicts {target}: {how}, leave-one-out; a model may learn the laboratory: validate with --group-column {column}')
 
 # %% ../nbs/17_diagnosis.ipynb #f7d07d3e
-def quick_check(inputs:Inputs, options:InputOptions):
+def quick_check(inputs:Inputs, options:InputOptions, metric:str=None):
     "Warns of primers and turned reads; raises an `AamError` for a matrix whose rows are not the table's."
     found = sequence_findings(sequence_facts(inputs.table))
     if inputs.distances is not None:
-        found += matrix_findings(matrix_facts(inputs.table, inputs.distances, inputs.depth), options.unifrac_matrix)
+        found += matrix_findings(matrix_facts(inputs.table, inputs.distances, inputs.depth), options.unifrac_matrix, metric)
     for finding in found:
         if finding.level == 'error': raise AamError(f'--unifrac-matrix {finding.text}')
         if finding.level == 'warning': log.warning(finding.text)

@@ -144,7 +144,7 @@ class Session:
 
     def split(self, inputs:Inputs, classes=None) -> Split:
         "Fit, stop and test samples; a resumed run keeps its own."
-        quick_check(inputs, self.options['input'])
+        quick_check(inputs, self.options['input'], self.options['encoder'].unifrac_metric)
         seed = self.options['run'].seed
         if not self.resumed: return read_split(self.options['split'], inputs, seed, classes)
         split = Split(**self.resumed['split'])
