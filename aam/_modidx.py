@@ -601,6 +601,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.tokens.span_masks': ('tokens.html#span_masks', 'aam/tokens.py')},
             'aam.train': { 'aam.train.check_categories': ('train.html#check_categories', 'aam/train.py'),
                            'aam.train.check_head': ('train.html#check_head', 'aam/train.py'),
+                           'aam.train.check_parts': ('train.html#check_parts', 'aam/train.py'),
                            'aam.train.choose_weights': ('train.html#choose_weights', 'aam/train.py'),
                            'aam.train.fit_categories': ('train.html#fit_categories', 'aam/train.py'),
                            'aam.train.fit_target': ('train.html#fit_target', 'aam/train.py'),

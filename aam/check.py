@@ -120,7 +120,7 @@ def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_id
     if inputs.distances is None:
         report.facts['matrix'] = dict(tree=Path(input.tree).name if input.tree else None)
         return
-    facts = matrix_facts(inputs.table, inputs.distances, inputs.depth, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
+    facts = matrix_facts(inputs.table, inputs.distances, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
     report.findings += matrix_findings(facts, input.unifrac_matrix, metric)
     report.facts['matrix'] = dict(file=Path(input.unifrac_matrix).name, **(facts or {}))
 
@@ -216,14 +216,15 @@ def check_fitting(report:Report, inputs, o:CheckOptions, target, actual, parts):
     "Whether what is fitted on the training samples can be."
     import logging
     from types import SimpleNamespace
-    from aam.train import fit_categories, fit_target
+    from aam.train import check_parts, fit_categories, fit_target
     if parts is None: return
     place = {s: i for i, s in enumerate(inputs.sample_ids)}
-    fit, reads = [place[s] for s in parts.fit], inputs.table.reads
-    if (inputs.distances is not None or inputs.branches is not None) and (reads[fit] >= inputs.depth).sum() < 2:
-        report.add('error', f'no two samples to fit on reach the rarefaction depth of {inputs.depth} reads: lower --rarefy-depth')
+    (fit, stop), reads = ([place[s] for s in ids] for ids in (parts.fit, parts.stop)), inputs.table.reads
+    if (inputs.distances is not None or inputs.branches is not None) and (reads[fit] >= inputs.depth).sum() < 3:
+        report.add('error', f'fewer than three samples to fit on reach the rarefaction depth of {inputs.depth} reads, too few for UniFrac: lower --rarefy-depth')
     if target is None: return
     try:
+        check_parts(target, actual, fit, stop)
         fit_target(target, actual, inputs, fit)
         fit_categories(o.of(CategoryOptions), inputs, SimpleNamespace(), fit, logging.getLogger('aam'))
     except AamError as error: report.add('error', str(error))
@@ -260,11 +261,12 @@ def depth_facts(reads, chosen:int, classes=None) -> list[dict]:
         rows.append(dict(depth=depth, chosen=depth == chosen, samples=int(deep.sum()), share=float(deep.mean()), classes=kept))
     return rows
 
-def check_depth(report:Report, inputs, target, actual, asked:int|None):
-    "What depths cost."
-    import numpy as np
-    classes = np.array(target.classes)[actual] if target and target.classes else None
-    report.facts['depth'] = dict(depth=inputs.depth, asked=asked is not None, depths=depth_facts(inputs.table.reads, inputs.depth, classes))
+def check_depth(report:Report, inputs, classes, asked:int|None):
+    "What depths cost the samples, and the classes of those that have one (a series by ID)."
+    reads = inputs.table.reads
+    if classes is not None: reads, classes = reads[classes.notna().to_numpy()], classes.dropna().to_numpy()
+    if not len(reads): return
+    report.facts['depth'] = dict(depth=inputs.depth, asked=asked is not None, depths=depth_facts(reads, inputs.depth, classes))
     chosen = next(row for row in report.facts['depth']['depths'] if row['chosen'])
     if asked and chosen['classes'] and min(chosen['classes'].values()) < max(chosen['classes'].values()) - .1:
         kept = ', '.join(f'{100*share:.0f} % of {name}' for name, share in sorted(chosen['classes'].items(), key=lambda item: item[1]))
@@ -454,8 +456,8 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     "Reads everything a run would and looks at it."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
-    from aam.inputs import read_inputs
-    from aam.metadata import read_metadata
+    from aam.inputs import drop_shallow, read_inputs
+    from aam.metadata import get_column, read_metadata
     from aam.train import warn_of_seen
     report = Report()
     with catch_warnings(report):
@@ -465,13 +467,10 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
         check_columns(inputs, o)
         check_sequences(report, inputs, input, encoder.max_bp)
         check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
-        target, actual = check_target(report, inputs, o)
         if input.rarefy_depth: inputs.depth = input.rarefy_depth
-        check_depth(report, inputs, target, actual, input.rarefy_depth)
-        if input.rarefy_depth:
-            deep = inputs.table.reads >= input.rarefy_depth
-            inputs.drop([s for s, enough in zip(inputs.sample_ids, deep) if not enough], f'fewer reads than --rarefy-depth {input.rarefy_depth}')
-            actual = None if actual is None else actual[deep]
+        check_depth(report, inputs, get_column(inputs.frame, o.columns[0]) if o.classifier else None, input.rarefy_depth)
+        if input.rarefy_depth: drop_shallow(inputs, input)
+        target, actual = check_target(report, inputs, o)
         parts = check_split(report, inputs, split, target, actual, o.seed)
         check_fitting(report, inputs, o, target, actual, parts)
         if pretrained and parts: warn_of_seen(logging.getLogger('aam'), pretrained, parts)

@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 
 from .config import AamError, InputOptions
 from .inputs import Inputs
-from .table import Table, choose_asvs, draw_rng, rarefy
+from .table import Table, choose_asvs, default_depth, draw_rng, rarefy
 from .unifrac import Distances, unifrac_distances
 
 log = logging.getLogger('aam')
@@ -205,7 +205,6 @@ def best_order(distances:Distances, orders:dict, *compared) -> dict:
 def matrix_facts(
     table:Table,
     distances:Distances,
-    depth:int, # rarefaction depth
     branches=None, # of the tree, if there is one
     orders:dict=None, # more orders to try, sample IDs by description
     most:int=300, # samples to compare
@@ -213,6 +212,7 @@ def matrix_facts(
     seed:int=0,
 ) -> dict|None: # None if the samples are too few or too alike to tell
     "How well a matrix agrees with the reads of the samples it is said to be about."
+    depth = default_depth(table.reads) # at a shallow one that a run may ask for, chance decides which ASVs are seen
     rng, deep = np.random.default_rng(seed), np.flatnonzero(table.reads >= depth)
     if len(deep) < 8: return None
     ids = [table.sample_ids[i] for i in np.sort(rng.permutation(deep)[:most])]
@@ -221,7 +221,7 @@ def matrix_facts(
     fits = {name: rank_correlation(found, standardised_ranks(d)) for name, d in drawn[0].items()}
     name = max(fits, key=fits.get)
     expected, again = (standardised_ranks(d[name]) for d in drawn)
-    if rank_correlation(expected, again) < .3: return None # the same ASVs everywhere
+    if rank_correlation(expected, again) < .5: return None # the same ASVs everywhere
     rows = row_correlations(found, expected)
     own = rows.diagonal()
     astray = (rows > own[:, None]).mean(1) > .5
@@ -243,6 +243,7 @@ def matrix_findings(
     remedy = f"write the IDs of its rows to {Path(path).with_suffix('.ids.txt').name}, one a line" if Path(path).suffix == '.npy' else 'compute it again from this table'
     if other['better'] > .75 and other['correlation'] > chance:
         return [Finding('error', f"{name}: its rows are not in the order of the table; they fit {other['order']} ({said} {other['correlation']:.2f} instead of {r:.2f}): {remedy}")]
+    if r <= chance and r > .3: return [Finding('warning', f"{name}: {facts['samples']} samples are too few to tell whether its rows are in the order of the table ({said} {r:.2f}; rows shuffled at random reach {chance:.2f}): {remedy}")]
     if r <= chance:
         return [Finding('error', f"{name}: its rows are not the samples of the table in their order ({said} {r:.2f}; rows shuffled at random reach {chance:.2f}): {remedy}")]
     if facts['astray'] > 3 and facts['misplaced'] > .25:
@@ -308,7 +309,7 @@ def quick_check(inputs:Inputs, options:InputOptions, metric:str=None):
     "Warns of primers and turned reads; raises an `AamError` for a matrix whose rows are not the table's."
     found = sequence_findings(sequence_facts(inputs.table))
     if inputs.distances is not None:
-        found += matrix_findings(matrix_facts(inputs.table, inputs.distances, inputs.depth), options.unifrac_matrix, metric)
+        found += matrix_findings(matrix_facts(inputs.table, inputs.distances), options.unifrac_matrix, metric)
     for finding in found:
         if finding.level == 'error': raise AamError(f'--unifrac-matrix {finding.text}')
         if finding.level == 'warning': log.warning(finding.text)

@@ -212,7 +212,7 @@ def unifrac_variance(data:SampleData, samples, most:int=500) -> float:
     chosen = np.random.default_rng(data.seed).permutation(samples)[:most]
     d = pair_values(all_distances(data, chosen))
     d = d[np.isfinite(d)]
-    if len(d) < 2: raise AamError(f'no two samples to fit on reach the rarefaction depth of {data.depth} reads: lower --rarefy-depth')
+    if len(d) < 2: raise AamError(f'fewer than three samples to fit on reach the rarefaction depth of {data.depth} reads, too few for UniFrac: lower --rarefy-depth')
     return float(max(d.var(), 1e-6))
 
 def count_deviation(data:SampleData, samples) -> float:
