@@ -127,7 +127,7 @@ def moved_lengths(a, b): # (n_branches, n), (n_branches, m) -> (n, m)
     if not isinstance(a, np.ndarray): return torch.cdist(a.T.contiguous(), b.T.contiguous(), p=1)
     least = np.zeros((a.shape[1], b.shape[1]), a.dtype)
     _by_row(a, b, [least], _minima)
-    return a.sum(0)[:, None] + b.sum(0) - 2*least
+    return a.sum(0, dtype='float64')[:, None] + b.sum(0, dtype='float64') - 2*least
 
 # %% ../nbs/07_blocks.ipynb #b7000022
 def _powers(mine, other, lengths, alpha):
@@ -157,6 +157,7 @@ class Metric:
     own:Callable # values, lengths, alpha -> summands of each sample, (n_branches, n)
     between:Callable # values of two blocks, lengths, alpha -> sums over branches, (..., n, m)
     distance:Callable # such sums, `own` of both blocks summed up, (n, 1) and (m,) -> (n, m)
+    dtype:str='float32' # of the computation
 
 def _rooted(block, part): return block.present(part) * block.lengths[part]**.5
 def _moved(block, part): return block.proportions(part) * block.lengths[part]
@@ -173,17 +174,18 @@ metrics = dict(
     unweighted=Metric(_rooted, lambda v, l, alpha: v*v, lambda a, b, l, alpha: shared_lengths(a, b),
                       lambda shared, own, other: _share(own + other - 2*shared, own + other - shared)),
     weighted_normalized=Metric(_moved, lambda v, l, alpha: v, lambda a, b, l, alpha: moved_lengths(a, b),
-                               lambda moved, own, other: _share(moved, own + other)),
+                               lambda moved, own, other: _share(moved, own + other), 'float64'),
     weighted_unnormalized=Metric(_moved, lambda v, l, alpha: v, lambda a, b, l, alpha: moved_lengths(a, b),
-                                 lambda moved, own, other: moved),
+                                 lambda moved, own, other: moved, 'float64'),
     generalized=Metric(Block.proportions, _power_own, _power_sums,
                        lambda sums, own, other: _share(sums[0] + other, sums[1] + other)))
 
 # %% ../nbs/07_blocks.ipynb #b7000026
-chunk = 4096 # branches at a time
+chunk = dict(cpu=1024, cuda=4096) # branches at a time
 
-def _parts(n): return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+def _parts(block): return [slice(i, i + chunk[block.device]) for i in range(0, len(block.lengths), chunk[block.device])]
 def _double(x): return x.astype('float64') if isinstance(x, np.ndarray) else x.double()
+def _total(x): return x.sum(0, dtype='float64' if isinstance(x, np.ndarray) else torch.float64)
 
 def between_blocks(
     a:Block, b:Block, # n samples, m samples
@@ -192,11 +194,11 @@ def between_blocks(
 ) -> np.ndarray: # float64, (n, m)
     "The distances between the samples of two blocks; those within a block if it is given twice."
     m, sums, own, other = metrics[metric], 0, 0, 0
-    for part in _parts(len(a.lengths)):
+    for part in _parts(a):
         lengths, values = a.lengths[part], m.values(a, part)
         more = values if b is a else m.values(b, part)
-        own = own + _double(m.own(values, lengths, alpha).sum(0))
-        other = own if b is a else other + _double(m.own(more, lengths, alpha).sum(0))
+        own = own + _total(m.own(values, lengths, alpha))
+        other = own if b is a else other + _total(m.own(more, lengths, alpha))
         sums = sums + _double(m.between(values, more, lengths, alpha))
     found = m.distance(sums, own[:, None], other)
     found = (found if a.device == 'cpu' else found.cpu().numpy()).clip(0, None if metric == 'weighted_unnormalized' else 1)
@@ -207,7 +209,7 @@ def between_blocks(
 
 def block_faith_pd(block:Block) -> np.ndarray: # float64, (n,)
     "Faith's phylogenetic diversity of each sample (Faith 1992)."
-    total = sum(_double(block.lengths[part] * block.present(part)).sum(0) for part in _parts(len(block.lengths)))
+    total = sum(_total(block.lengths[part] * block.present(part)) for part in _parts(block))
     return total if block.device == 'cpu' else total.cpu().numpy()
 
 # %% ../nbs/07_blocks.ipynb #b7000030
@@ -221,7 +223,7 @@ def block_size(
     itemsize:int=4, # bytes of a number in the computation
 ) -> int:
     "Samples of a block that keep within `memory`."
-    each, pair = 3*4*(tips + 1) + 8*itemsize*chunk, 24 + 3*itemsize # bytes a sample, bytes a pair
+    each, pair = 3*4*(tips + 1) + 8*itemsize*chunk[device], 24 + 3*itemsize # bytes a sample, bytes a pair
     n = int((math.sqrt(each**2 + 4*pair*memory*2**30) - each) / (2*pair))
     blocks = math.ceil(samples / max(1, min(n, largest_block[device])))
     return math.ceil(samples / max(blocks, 1))
@@ -233,10 +235,10 @@ def block_distances(
     alpha:float=1., # of generalized UniFrac
     block:int=1024, # samples of a block
     device:str='cpu', # or cuda
-    dtype:str='float32', # of the computation
+    dtype:str=None, # of the computation; that of the metric if it is not given
 ): # yields slices of rows and columns, and the distances there
     "All distances, block by block, from the diagonal on to the right; those below the diagonal are their mirror image."
-    n, make = tables[0].shape[0], functools.partial(Block, ranges=ranges, device=device, dtype=dtype)
+    n, make = tables[0].shape[0], functools.partial(Block, ranges=ranges, device=device, dtype=dtype or metrics[metric].dtype)
     places = [slice(i, min(i + block, n)) for i in range(0, n, block)]
     for k, rows in enumerate(places):
         for columns in places[k:]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'distance_metric_names', 'number_names', 'matrix_suffixes', 'text_suffixes', 'matrix_files', 'DistanceOptions',
            'Output', 'hdf5_matrix', 'npy_matrix', 'text_matrix', 'artifact_data', 'drawn_tables', 'rarefaction_record',
-           'pick_device', 'write_matrix', 'write_faith_pd', 'read_samples', 'unifrac']
+           'write_matrix', 'write_faith_pd', 'read_samples', 'unifrac']
 
 # %% ../nbs/38_distances.ipynb #d3800004
 import csv, io, json, logging, os, time, uuid, zipfile
@@ -156,18 +156,13 @@ def rarefaction_record(table, output:Output, o:DistanceOptions) -> dict:
     return dict(rarefied_table=output.table.name, rarefied_sha256=file_hash(part), rarefy_depth=o.rarefy_depth, rarefy_seed=o.rarefy_seed)
 
 # %% ../nbs/38_distances.ipynb #d3800018
-def pick_device(name:str) -> str:
-    "`cuda` where there is one and nothing else was asked for."
-    import torch
-    if name == 'cuda' and not torch.cuda.is_available(): raise AamError('--device cuda: PyTorch finds no GPU here; use --device cpu or auto')
-    return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
-
 def write_matrix(tables:list, ranges, output:Output, record:dict, o:DistanceOptions):
     "All distances of a table, or their means over draws, straight into the file."
-    from aam.blocks import block_distances, block_size
+    from aam.blocks import block_distances, block_size, metrics
     from aam.monitor import progress_bar
+    from aam.session import pick_device
     n, sample_ids, device = len(tables[0]), tables[0].sample_ids, pick_device(o.device)
-    dtype = 'float64' if o.dtype == 'float64' else 'float32'
+    dtype = 'float64' if o.dtype == 'float64' else metrics[o.metric].dtype
     block = block_size(n, len(ranges.place), o.memory, device, int(dtype[-2:])//8)
     with matrix_files[o.output.suffix](output.part, sample_ids, o.dtype) as matrix, progress_bar(n*(n + 1)//2, 'distances') as bar:
         for rows, columns, distances in block_distances([t.counts for t in tables], ranges, o.metric, o.alpha, block, device, dtype):
@@ -181,6 +176,7 @@ def write_faith_pd(tables:list, ranges, output:Output, o:DistanceOptions):
     import numpy as np
     import pandas as pd
     from aam.blocks import Block, block_faith_pd, block_size
+    from aam.session import pick_device
     device, n = pick_device(o.device), len(tables[0])
     block = block_size(n, len(ranges.place), o.memory, device, 8)
     values = np.concatenate([np.mean([block_faith_pd(Block(t.counts[i:i + block], ranges, device, 'float64')) for t in tables], 0) for i in range(0, n, block)])
@@ -204,6 +200,7 @@ def unifrac(
     distances:DistanceOptions,
 ) -> Path: # the file written
     "Writes the UniFrac distances between the samples of a table, or their Faith's phylogenetic diversity."
+    from aam.session import pick_device
     o, begun = distances, time.perf_counter()
     output = Output(o.output)
     output.check(o.overwrite)
