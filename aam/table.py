@@ -85,12 +85,12 @@ def reason(error:Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 artifact_members = {'FeatureTable[Frequency]': 'feature-table.biom', 'FeatureData[Sequence]': 'dna-sequences.fasta',
-                    'Phylogeny[Rooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv'}
+                    'Phylogeny[Rooted]': 'tree.nwk', 'Phylogeny[Unrooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv'}
 type_remedies = {'FeatureTable[RelativeFrequency]': 'give the table of raw counts',
                  'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root)'}
 
 def _find_data(path, archive, wanted):
-    "The member of an artifact of type `wanted` that holds the data."
+    "The member of an artifact of type `wanted`, or of one of several types, that holds the data."
     names = archive.namelist()
     outside = [n for n in names if re.match(r'[/\\]|[A-Za-z]:', n) or '..' in re.split(r'[/\\]', n)]
     if outside: raise AamError(f'{path}: the archive holds {outside[0]!r}, which leads out of it; QIIME 2 writes no such file, do not trust it')
@@ -100,8 +100,8 @@ def _find_data(path, archive, wanted):
     if len(folders) != 1: raise AamError(f'{path}: not an artifact of QIIME 2 (no metadata.yaml in the one folder it should have); give a .qza as QIIME 2 wrote it')
     with archive.open(f'{folders[0]}/metadata.yaml') as f: found = re.search(r"^type: *'?(.+?)'? *\r?$", f.read(10_000).decode(), re.M)
     kind = re.sub(r' *% *Properties\(.*?\)', '', found[1]) if found else 'unknown'
-    if kind != wanted: raise AamError(f"{path}: an artifact of type {kind}, not {wanted}; {type_remedies.get(kind, 'give one of that type')}")
-    return archive.getinfo(f'{folders[0]}/data/{artifact_members[wanted]}')
+    if kind not in wanted.split(' or '): raise AamError(f"{path}: an artifact of type {kind}, not {wanted}; {type_remedies.get(kind, 'give one of that type')}")
+    return archive.getinfo(f'{folders[0]}/data/{artifact_members[kind]}')
 
 def _check_size(path, member, plausible=2**27, most=2**36, ratio=200):
     "Raises an `AamError` for a member that unpacks to more than data do."
@@ -113,14 +113,14 @@ def _check_size(path, member, plausible=2**27, most=2**36, ratio=200):
 @contextmanager
 def data_file(
     path:Path, # .qza, or any other file
-    artifact_type:str, # a key of `artifact_members`
+    artifact_type:str, # a key of `artifact_members`, or several with ' or ' between them
 ):
     "The file to read: `path` itself, or for as long as the context lasts the data of the artifact that it is."
     if path.suffix.lower() not in ('.qza', '.qzv'):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix='aam-') as folder: # readable to its owner alone
-        copy = Path(folder)/artifact_members[artifact_type]
+        copy = Path(folder)/artifact_members[artifact_type.split(' or ')[0]]
         try:
             with zipfile.ZipFile(path) as archive, open(copy, 'wb') as target:
                 member = _find_data(path, archive, artifact_type)
