@@ -129,6 +129,7 @@ class SampleData:
     offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
     categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
     unifrac_metric:str='unweighted' # of the distances from the tree, or in the matrix
+    unifrac_alpha:float=1. # of generalized UniFrac
     nuc_mask_ratio:float=0.15
     nuc_mask_strategy:str='random' # key of `mask_strategies`
     nuc_share:float=0.1 # share of the distinct ASVs that the nucleotide task copies and masks
@@ -184,7 +185,7 @@ def pair_distances(data:SampleData, samples, draws) -> np.ndarray: # (B, B)
     "Distances between `samples`; NaN on the diagonal and where a sample has too few reads."
     samples = np.asarray(samples)
     if data.distances is not None: d = data.distances.align([data.table.sample_ids[i] for i in samples])
-    else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric)
+    else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric, data.unifrac_alpha)
     shallow = data.table.reads[samples] < data.depth
     d = np.where(shallow[:, None] | shallow[None], np.nan, d).astype(np.float32)
     np.fill_diagonal(d, np.nan)

@@ -257,7 +257,7 @@ def metric_findings(name:str, correlations:dict, metric:str=None) -> list[Findin
     (presence, by_presence), (abundance, by_abundance) = correlations.items()
     shown = f'rank correlation with {presence} {by_presence:.2f}, with {abundance} {by_abundance:.2f}'
     if metric == 'unweighted' and by_abundance > by_presence + .1: return [Finding('warning', f'{name}: follows abundances ({shown}); if it is weighted UniFrac, say --unifrac-metric weighted')]
-    if metric == 'weighted' and by_presence > by_abundance + .1: return [Finding('warning', f'{name}: follows presence, not abundances ({shown}); if it is unweighted UniFrac, say --unifrac-metric unweighted')]
+    if metric in ('weighted', 'weighted_unnormalized') and by_presence > by_abundance + .1: return [Finding('warning', f'{name}: follows presence, not abundances ({shown}); if it is unweighted UniFrac, say --unifrac-metric unweighted')]
     return []
 
 # %% ../nbs/17_diagnosis.ipynb #d97b8ab0
