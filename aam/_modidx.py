@@ -390,6 +390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.inputs.Inputs.write_dropped': ('inputs.html#inputs.write_dropped', 'aam/inputs.py'),
                             'aam.inputs.class_losses': ('inputs.html#class_losses', 'aam/inputs.py'),
                             'aam.inputs.drop_shallow': ('inputs.html#drop_shallow', 'aam/inputs.py'),
+                            'aam.inputs.read_drawn': ('inputs.html#read_drawn', 'aam/inputs.py'),
                             'aam.inputs.read_inputs': ('inputs.html#read_inputs', 'aam/inputs.py'),
                             'aam.inputs.read_split': ('inputs.html#read_split', 'aam/inputs.py'),
                             'aam.inputs.sample_data': ('inputs.html#sample_data', 'aam/inputs.py'),
