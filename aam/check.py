@@ -24,10 +24,10 @@ class CheckOptions(Options):
     metadata:Path=None # table of sample metadata, tab separated, sample IDs in its first column
     metadata_column:str=None # column to predict, or several separated by commas
     classifier:bool=False # predict classes
-    target_transform:choice(target_transform_names)='minmax' # as for train
-    normalize_by:str=None # as for train
-    categorical_columns:str=None # as for train
-    pretrained_encoder:Path=None # as for train: best_model.pt of a pretrain run
+    target_transform:choice(target_transform_names)='minmax' # scale on which train would learn the target
+    normalize_by:str=None # column of the groups of zscore-category
+    categorical_columns:str=None # metadata columns that train would condition on, separated by commas
+    pretrained_encoder:Path=None # best_model.pt of a pretrain run that train would start from
     technical_columns:str=None # metadata columns about the laboratory, separated by commas (without it: those whose names say run, plate, batch, lane, center, prep, ...)
     json:bool=False # print one JSON document instead of the report
     preset:choice(preset_names)=None # as for train: small, medium or large

@@ -185,7 +185,7 @@ def test_links_are_refused(tmp_path, reader):
             link = zipfile.ZipInfo(name)
             link.external_attr = 0o120777 << 16
             archive.writestr(link, str(tmp_path/'secret'))
-        refused(lambda: read(path), 'symbolic link', name, 'do not trust it')
+        refused(lambda path=path: read(path), 'symbolic link', name, 'do not trust it')
 
 
 def test_capital_ending(tmp_path, survey, table):
