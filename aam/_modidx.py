@@ -55,6 +55,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.check.check_target': ('check.html#check_target', 'aam/check.py'),
                            'aam.check.check_technical': ('check.html#check_technical', 'aam/check.py'),
                            'aam.check.class_facts': ('check.html#class_facts', 'aam/check.py'),
+                           'aam.check.counted': ('check.html#counted', 'aam/check.py'),
                            'aam.check.depth_facts': ('check.html#depth_facts', 'aam/check.py'),
                            'aam.check.duration': ('check.html#duration', 'aam/check.py'),
                            'aam.check.examine': ('check.html#examine', 'aam/check.py'),

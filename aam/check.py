@@ -6,9 +6,9 @@
 __all__ = ['subject_words', 'sections', 'CheckOptions', 'Report', 'catch_warnings', 'check_sequences', 'check_matrix',
            'check_target', 'class_facts', 'number_facts', 'target_findings', 'check_split', 'group_findings',
            'forgotten_groups', 'check_fitting', 'check_technical', 'depth_facts', 'check_depth', 'batch_size_facts',
-           'block_seconds', 'parameters_of', 'check_cost', 'duration', 'histogram_text', 'lines_up', 'show_losses',
-           'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical', 'show_depth', 'show_cost',
-           'report_text', 'check_columns', 'examine', 'losses', 'check']
+           'block_seconds', 'parameters_of', 'check_cost', 'duration', 'counted', 'histogram_text', 'lines_up',
+           'show_losses', 'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical', 'show_depth',
+           'show_cost', 'report_text', 'check_columns', 'examine', 'losses', 'check']
 
 # %% ../nbs/37_check.ipynb #1d345bef
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,10 +24,10 @@ class CheckOptions(Options):
     metadata:Path=None # table of sample metadata, tab separated, sample IDs in its first column
     metadata_column:str=None # column to predict, or several separated by commas
     classifier:bool=False # predict classes
-    target_transform:choice(target_transform_names)='minmax' # as for train
-    normalize_by:str=None # as for train
-    categorical_columns:str=None # as for train
-    pretrained_encoder:Path=None # as for train: best_model.pt of a pretrain run
+    target_transform:choice(target_transform_names)='minmax' # scale on which train would learn the target
+    normalize_by:str=None # column of the groups of zscore-category
+    categorical_columns:str=None # metadata columns that train would condition on, separated by commas
+    pretrained_encoder:Path=None # best_model.pt of a pretrain run that train would start from
     technical_columns:str=None # metadata columns about the laboratory, separated by commas (without it: those whose names say run, plate, batch, lane, center, prep, ...)
     json:bool=False # print one JSON document instead of the report
     preset:choice(preset_names)=None # as for train: small, medium or large
@@ -111,7 +111,7 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
     facts['max_bp'] = dict(bases=max_bp, alike=int(alike.sum()), reads_alike=float(reads[alike].sum()/reads.sum()), all_apart_at=telling_length(table.sequences))
     facts['token_limit'] = dict(limit=input.token_limit, **limit_facts(table, input.token_limit, input.asv_sampling, input.rarefy_seed))
     if alike.any():
-        report.add('note', f"{alike.sum()} of {len(alike)} ASVs ({100*facts['max_bp']['reads_alike']:.1f} % of the reads) differ only behind --max-bp {max_bp}: the nucleotide stack sees them alike; --max-bp {facts['max_bp']['all_apart_at']} tells all apart")
+        report.add('note', f"{alike.sum()} of {len(alike)} ASVs ({100*facts['max_bp']['reads_alike']:.1f} % of the reads) begin with the same {max_bp} bases (--max-bp) as another: the nucleotide stack sees them alike; --max-bp {facts['max_bp']['all_apart_at']} tells all apart")
     report.facts['sequences'] = facts
 
 def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_ids:list):
@@ -291,24 +291,24 @@ def block_seconds(width:int, heads:int, length:int, device:str) -> float:
     "Time of one block for one row of `length` tokens, forwards."
     import time, torch
     from aam.layers import Block
-    rows = int(min(64, max(1, 2e9 // (24*width**2*length)))) # a fraction of a second on a laptop
+    rows = int(min(64, max(1, 5e8 // (24*width**2*length)))) # a few hundredths of a second, so that one of the runs is undisturbed by other work
     block, x = Block(width, heads).to(device), torch.randn(rows, length, width, device=device)
     times = []
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'): # as in training
-        for _ in range(4):
-            start = time.perf_counter()
+        for _ in range(12):
+            start, cpu = time.perf_counter(), time.process_time()
             block(x)
             if device == 'cuda': torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+            times.append(wall if device == 'cuda' else min(wall, cpu)) # other work on the machine costs wall time alone
     return min(times)/rows
 
 # %% ../nbs/37_check.ipynb #17291e61
 def parameters_of(encoder:EncoderOptions, tasks:tuple, outputs:int) -> int:
-    "Numbers that the model learns, counted without allocating them."
-    import torch
+    "Numbers that the model learns; of its equal layers, two are built (PyTorch's meta device would build none, but takes seconds to start)."
     from aam.predictor import Model
-    with torch.device('meta'): model = Model(encoder, tasks, outputs)
-    return sum(p.numel() for p in model.parameters())
+    one, two = (sum(p.numel() for p in Model(replace(encoder, attention_layers=n), tasks, outputs).parameters()) for n in (1, 2))
+    return one + (encoder.attention_layers - 1)*(two - one)
 
 def check_cost(report:Report, inputs, o:CheckOptions, input:InputOptions, encoder:EncoderOptions, target, fit:int, stop:int):
     "Steps, time and memory of a run."
@@ -340,6 +340,10 @@ def duration(seconds:float) -> str:
         if seconds >= 2*size: return f'{seconds/size:.0f} {unit}'
     return f'{seconds:.0f} s' if seconds >= 2 else f'{seconds:.1f} s'
 
+def counted(n:int, noun:str) -> str:
+    "A number of things."
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
 def histogram_text(counts:list[int]) -> str:
     "Counts as bars of eight heights."
     highest = max(counts)
@@ -360,7 +364,7 @@ def show_losses(facts:dict) -> list[str]:
     rows = [('', 'samples', 'ASVs'), (f"in {first['step']}", first['samples'], first['asvs'])]
     before = first
     for step in rest:
-        rows.append((f"less: {step['step']}", step['samples'], step['asvs'], f"lost: {before['samples'] - step['samples']:,} samples, {before['asvs'] - step['asvs']:,} ASVs"))
+        rows.append((f"less: {step['step']}", step['samples'], step['asvs'], f"lost: {counted(before['samples'] - step['samples'], 'sample')}, {counted(before['asvs'] - step['asvs'], 'ASV')}"))
         before = step
     if not rest: rows.append(('used', first['samples'], first['asvs'], 'nothing lost'))
     return ['Samples and ASVs', *lines_up(rows, headed=True)]
@@ -404,7 +408,7 @@ def show_split(facts:dict) -> list[str]:
     f = facts['split']
     unit = f['group_column']
     said = {'fit': 'to fit', 'stop': 'to validate', 'test': 'to test'}
-    return ['Split', '  ' + ', '.join(f"{f[part]['samples']} samples {words}" + (f" ({f[part]['groups']} of {unit})" if unit else '') for part, words in said.items() if f[part]['samples'])]
+    return ['Split', '  ' + ', '.join(f"{f[part]['samples']} samples {words}" + (f" ({f[part]['groups']} values of {unit})" if unit else '') for part, words in said.items() if f[part]['samples'])]
 
 def show_technical(facts:dict) -> list[str]:
     if not facts['technical']: return ['Technical columns', '  none found (name them with --technical-columns)']

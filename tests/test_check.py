@@ -129,7 +129,7 @@ def test_mixed_sequences(check, survey):
 
 def test_limits(check):
     code, (line,) = check('--max-bp', 42, meta=None)
-    assert code == 0 and re.fullmatch(r'note: 53 of 53 ASVs \(100\.0 % of the reads\) differ only behind --max-bp 42: the nucleotide stack sees them alike; --max-bp \d+ tells all apart', line)
+    assert code == 0 and re.fullmatch(r'note: 53 of 53 ASVs \(100\.0 % of the reads\) begin with the same 42 bases \(--max-bp\) as another: the nucleotide stack sees them alike; --max-bp \d+ tells all apart', line)
     code, (line,) = check('--token-limit', 10, meta=None)
     assert code == 0 and re.fullmatch(r"warning: 48 samples have more than --token-limit 10 ASVs: 'first' ignores \d\d\.\d % of their reads, --asv-sampling abundance would ignore the rarest", line)
     code, found = check('--token-limit', 10, '--asv-sampling', 'abundance', meta=None, json_wanted=True)

@@ -244,6 +244,73 @@ def test_wrong_usage(aam, survey, folder, tmp_path, command, options, says):
     expect_refusal(aam, command, options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path))
 
 
+def checkable():
+    "The mistakes of pretrain and train that `aam check` has the options to see."
+    from dataclasses import fields
+    from aam.check import CheckOptions
+    from aam.config import EncoderOptions, InputOptions, SplitOptions
+    known = {f.name for options in (CheckOptions, EncoderOptions, InputOptions, SplitOptions) for f in fields(options)}
+    return known, [case for case in inputs_wrong + usage_wrong if case[0] in ('pretrain', 'train') and set(case[1]) <= known]
+
+
+@pytest.mark.parametrize('command,options,says', checkable()[1], ids=name_of)
+def test_check_finds_what_runs_refuse(warm, survey, pretrained, trained, folder, tmp_path, command, options, says):
+    "As an error of the report (exit 1), or, where a file cannot be read, as the command itself would say it (2)."
+    small = dict(attention_layers=1) | ({} if options.get('pretrained_encoder') or 'embedding_dim' in options else dict(embedding_dim=16))
+    known, _ = checkable()
+    wanted = {k: v for k, v in (base[command] | small | options).items() if k in known}
+    words = []
+    for name, value in wanted.items():
+        if value is None: continue
+        for place, path in dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained, FIRST=pretrained).items(): value = str(value).replace(place + '/', f'{path}/') if value is not True else True
+        words += ['--' + name.replace('_', '-'), *([] if value is True else [value])]
+    process = warm('check', *words, '--device', 'cpu')
+    lines = [line for line in process.err.splitlines() if line.startswith(('error: ', 'aam: '))]
+    assert process.returncode in (1, 2) and 'Traceback' not in process.err, process.err
+    assert process.returncode == 1 or len(lines) == 1 and lines[0].startswith('aam: '), process.err
+    for pattern in says: assert any(re.search(pattern if '|' in pattern else re.escape(pattern), line) for line in lines), (pattern, lines)
+    assert not list(folder.glob('*executed')) and not contents(tmp_path)
+
+
+def random_inputs(survey, folder, seed):
+    "A few samples of the survey, some shallow or empty, with gaps in the metadata; and options that may or may not go with them."
+    from aam.unifrac import read_distances
+    rng = np.random.default_rng(seed)
+    table, frame = read_table(survey/'table.biom'), pd.read_csv(survey/'metadata.tsv', sep='\t', dtype=str, keep_default_na=False, index_col=0)
+    ids = sorted(rng.choice(table.sample_ids, rng.choice([2, 3, 4, 5, 6, 8, 12, 20, 48]), replace=False))
+    counts = table.select(ids).counts.toarray()
+    if rng.random() < .3: counts[1:][rng.random(len(ids) - 1) < .3] = 0
+    if rng.random() < .3: counts[1:][rng.random(len(ids) - 1) < .4] //= 200
+    write_table(make_table(counts, ids, table.sequences), folder/'table.biom')
+    frame['few'], frame['numbers'] = rng.choice(['a', 'b', 'c'], len(frame), p=[.8, .15, .05]), rng.integers(-1, 5, len(frame)).astype(str)
+    for column in 'soil_ph', 'few', 'habitat', 'season', 'subject_id', 'numbers': frame.loc[rng.random(len(frame)) < rng.choice([0, .2, .9]), column] = ''
+    frame.sample(frac=1, random_state=seed).to_csv(folder/'metadata.tsv', sep='\t')
+    np.save(folder/'ordered.npy', read_distances(survey/'unifrac.h5').align(ids))
+    maybe = lambda p, *words: list(words) if rng.random() < p else []
+    distances = ['--tree', survey/'tree.nwk'], ['--unifrac-matrix', survey/'unifrac.h5'], ['--unifrac-matrix', folder/'ordered.npy'], []
+    words = [*distances[rng.integers(4)], '--metadata-column']
+    if rng.random() < .5: words += [rng.choice(['few', 'habitat', 'season', 'numbers']), '--classifier']
+    else:
+        words += [rng.choice(['soil_ph', 'soil_ph,soil_moisture', 'numbers']), '--target-transform', rng.choice(['minmax', 'none', 'zscore', 'log-minmax'])]
+        if rng.random() < .2: words[-1:] = ['zscore-category', '--normalize-by', 'season']
+    words += maybe(.4, '--group-column', rng.choice(['subject_id', 'habitat'])) + maybe(.3, '--categorical-columns', rng.choice(['habitat', 'season', 'few'])) + maybe(.3, '--rarefy-depth', rng.choice([5, 500, 2000, 4000]))
+    order = rng.permutation(ids)
+    (folder/'fit.txt').write_text('\n'.join(order[:len(order)//2])); (folder/'val.txt').write_text('\n'.join(order[len(order)//2:]))
+    if rng.random() < .4: words += ['--train-samples', folder/'fit.txt', *maybe(.7, '--val-samples', folder/'val.txt')]
+    return ['--table', folder/'table.biom', '--metadata', folder/'metadata.tsv', *words]
+
+
+@pytest.mark.parametrize('seed', [*range(12), *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 60)]])
+def test_ready_means_that_it_trains(aam, warm, survey, tmp_path, seed):
+    "Whatever check calls ready trains; what train refuses, check has found."
+    words = random_inputs(survey, tmp_path, seed)
+    checked = warm('check', *words, *aam.tiny)
+    code, said = checked.returncode, checked.err
+    run = warm('train', *words, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run')
+    assert 'Traceback' not in said + run.err, said + run.err
+    assert (code == 0) == (run.returncode == 0) or 'nothing to predict' in said or 'its rows' in said, (words, said[-600:], run.err[-600:])
+
+
 def test_wrong_command(aam):
     assert refused(aam, 'trian', says=['trian', 'aam train'])
     assert refused(aam, 'rf_baseline', says=['aam rf-baseline'])
