@@ -26,6 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.blocks.block_distances': ('blocks.html#block_distances', 'aam/blocks.py'),
                             'aam.blocks.block_faith_pd': ('blocks.html#block_faith_pd', 'aam/blocks.py'),
                             'aam.blocks.block_size': ('blocks.html#block_size', 'aam/blocks.py'),
+                            'aam.blocks.find_device': ('blocks.html#find_device', 'aam/blocks.py'),
                             'aam.blocks.generalized_sums': ('blocks.html#generalized_sums', 'aam/blocks.py'),
                             'aam.blocks.make_ranges': ('blocks.html#make_ranges', 'aam/blocks.py'),
                             'aam.blocks.moved_lengths': ('blocks.html#moved_lengths', 'aam/blocks.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tile', 'metrics', 'chunk', 'largest_block', 'Ranges', 'make_ranges', 'read_ranges', 'Block', 'shared_lengths',
-           'moved_lengths', 'generalized_sums', 'Metric', 'between_blocks', 'block_faith_pd', 'block_size',
-           'block_distances']
+           'moved_lengths', 'generalized_sums', 'Metric', 'between_blocks', 'block_faith_pd', 'find_device',
+           'block_size', 'block_distances']
 
 # %% ../nbs/07_blocks.ipynb #b7000004
 import functools, math
@@ -19,6 +19,7 @@ import torch
 from scipy import sparse
 
 # %% ../nbs/07_blocks.ipynb #b7000005
+from .config import AamError
 from .unifrac import read_nodes
 
 # %% ../nbs/07_blocks.ipynb #b7000008
@@ -211,6 +212,12 @@ def block_faith_pd(block:Block) -> np.ndarray: # float64, (n,)
     "Faith's phylogenetic diversity of each sample (Faith 1992)."
     total = sum(_total(block.lengths[part] * block.present(part)) for part in _parts(block))
     return total if block.device == 'cpu' else total.cpu().numpy()
+
+# %% ../nbs/07_blocks.ipynb #b7000041
+def find_device(name:str) -> str:
+    "`cuda` where there is one and nothing else was asked for."
+    if name == 'cuda' and not torch.cuda.is_available(): raise AamError('--device cuda: PyTorch finds no GPU here; use --device cpu or auto')
+    return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
 
 # %% ../nbs/07_blocks.ipynb #b7000030
 largest_block = dict(cpu=1024, cuda=4096)

@@ -158,10 +158,9 @@ def rarefaction_record(table, output:Output, o:DistanceOptions) -> dict:
 # %% ../nbs/38_distances.ipynb #d3800018
 def write_matrix(tables:list, ranges, output:Output, record:dict, o:DistanceOptions):
     "All distances of a table, or their means over draws, straight into the file."
-    from aam.blocks import block_distances, block_size, metrics
+    from aam.blocks import block_distances, block_size, find_device, metrics
     from aam.monitor import progress_bar
-    from aam.session import pick_device
-    n, sample_ids, device = len(tables[0]), tables[0].sample_ids, pick_device(o.device)
+    n, sample_ids, device = len(tables[0]), tables[0].sample_ids, find_device(o.device)
     dtype = 'float64' if o.dtype == 'float64' else metrics[o.metric].dtype
     block = block_size(n, len(ranges.place), o.memory, device, int(dtype[-2:])//8)
     with matrix_files[o.output.suffix](output.part, sample_ids, o.dtype) as matrix, progress_bar(n*(n + 1)//2, 'distances') as bar:
@@ -175,9 +174,8 @@ def write_faith_pd(tables:list, ranges, output:Output, o:DistanceOptions):
     "Faith's phylogenetic diversity of each sample, or its mean over draws, as a table."
     import numpy as np
     import pandas as pd
-    from aam.blocks import Block, block_faith_pd, block_size
-    from aam.session import pick_device
-    device, n = pick_device(o.device), len(tables[0])
+    from aam.blocks import Block, block_faith_pd, block_size, find_device
+    device, n = find_device(o.device), len(tables[0])
     block = block_size(n, len(ranges.place), o.memory, device, 8)
     values = np.concatenate([np.mean([block_faith_pd(Block(t.counts[i:i + block], ranges, device, 'float64')) for t in tables], 0) for i in range(0, n, block)])
     frame = pd.DataFrame(dict(sample_id=tables[0].sample_ids, faith_pd=values))
@@ -200,11 +198,11 @@ def unifrac(
     distances:DistanceOptions,
 ) -> Path: # the file written
     "Writes the UniFrac distances between the samples of a table, or their Faith's phylogenetic diversity."
-    from aam.session import pick_device
+    from aam.blocks import find_device
     o, begun = distances, time.perf_counter()
     output = Output(o.output)
     output.check(o.overwrite)
-    pick_device(o.device)
+    find_device(o.device)
     table, ranges = read_samples(o)
     tables = drawn_tables(table, o)
     with output.writing():

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from fastcore.basics import patch
 
+from .blocks import find_device
 from .checkpoint import describe_model, save_checkpoint
 from .config import AamError, started
 from .data import Plan, SampleData, all_distances
@@ -41,10 +42,9 @@ def pick_attention(device:str):
     log.info(f'attention without the flash kernels: they are not available with ROCm ({torch.version.hip}) on these GPUs')
 
 def pick_device(name:str) -> str:
-    "`cuda` where there is one and nothing else was asked for."
-    if name == 'cuda' and not torch.cuda.is_available(): raise AamError('--device cuda: PyTorch finds no GPU here; use --device cpu or auto')
+    "The device for `--device`, with PyTorch set up for it."
     torch.backends.cudnn.allow_tf32 = False # PyTorch rounds convolutions unless told not to; then predictions depend on the batch
-    device = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
+    device = find_device(name)
     pick_attention(device)
     return device
 
