@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['subject_words', 'sections', 'CheckOptions', 'Report', 'catch_warnings', 'check_sequences', 'check_matrix',
            'check_target', 'class_facts', 'number_facts', 'target_findings', 'check_split', 'group_findings',
-           'forgotten_groups', 'check_technical', 'depth_facts', 'check_depth', 'batch_size_facts', 'block_seconds',
-           'parameters_of', 'check_cost', 'duration', 'histogram_text', 'lines_up', 'show_losses', 'show_sequences',
-           'show_matrix', 'show_target', 'show_split', 'show_technical', 'show_depth', 'show_cost', 'report_text',
-           'examine', 'losses', 'check']
+           'forgotten_groups', 'check_fitting', 'check_technical', 'depth_facts', 'check_depth', 'batch_size_facts',
+           'block_seconds', 'parameters_of', 'check_cost', 'duration', 'histogram_text', 'lines_up', 'show_losses',
+           'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical', 'show_depth', 'show_cost',
+           'report_text', 'check_columns', 'examine', 'losses', 'check']
 
 # %% ../nbs/37_check.ipynb #1d345bef
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from .config import AamError, EncoderOptions, InputOptions, Number, Options, SplitOptions, choice, command, device_names, preset_names
+from .config import (AamError, CategoryOptions, EncoderOptions, InputOptions, Number, Options, SplitOptions, TargetOptions, build_options, choice, command,
+                        device_names, option_name, preset_names, target_transform_names)
 
 # %% ../nbs/37_check.ipynb #705a53f2
 @dataclass
@@ -23,6 +24,10 @@ class CheckOptions(Options):
     metadata:Path=None # table of sample metadata, tab separated, sample IDs in its first column
     metadata_column:str=None # column to predict, or several separated by commas
     classifier:bool=False # predict classes
+    target_transform:choice(target_transform_names)='minmax' # as for train
+    normalize_by:str=None # as for train
+    categorical_columns:str=None # as for train
+    pretrained_encoder:Path=None # as for train: best_model.pt of a pretrain run
     technical_columns:str=None # metadata columns about the laboratory, separated by commas (without it: those whose names say run, plate, batch, lane, center, prep, ...)
     json:bool=False # print one JSON document instead of the report
     preset:choice(preset_names)=None # as for train: small, medium or large
@@ -39,11 +44,18 @@ class CheckOptions(Options):
     @property
     def technical(self): return None if self.technical_columns is None else [c.strip() for c in self.technical_columns.split(',')]
 
+    def of(self, options):
+        "The options of `train` that are among these, checked as `train` checks them."
+        names = {f.name for f in fields(options)} & {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return build_options(dict(found=options), {name: getattr(self, name) for name in names})['found']
+
     def check(self):
-        if self.metadata is None:
-            for name in 'metadata_column', 'technical_columns':
-                if getattr(self, name): raise AamError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --metadata")
+        needs = dict(metadata_column='metadata', technical_columns='metadata', target_transform='metadata_column', normalize_by='metadata_column', categorical_columns='metadata_column')
+        for name, needed in needs.items():
+            if name in self.given | {n for n in needs if getattr(self, n) not in (None, 'minmax')} and getattr(self, needed) is None:
+                raise AamError(f'{option_name(name)} {getattr(self, name)}: needs {option_name(needed)}')
         if self.classifier and len(self.columns) != 1: raise AamError('--classifier predicts one column: give one with --metadata-column')
+        if self.columns: self.of(TargetOptions), self.of(CategoryOptions)
 
 # %% ../nbs/37_check.ipynb #d3dda0d6
 @dataclass
@@ -62,8 +74,12 @@ class Report:
     def exit_code(self) -> int: return int(self.count('error') > 0)
 
     def to_dict(self) -> dict:
-        "Plain Python, for JSON."
-        return dict(exit_code=self.exit_code, findings=[asdict(f) for f in self.findings], **self.facts)
+        "Plain Python, for JSON, which knows no NaN."
+        def plain(x):
+            if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
+            if isinstance(x, (list, tuple)): return [plain(v) for v in x]
+            return None if x != x else x.item() if hasattr(x, 'item') else x
+        return plain(dict(exit_code=self.exit_code, findings=[asdict(f) for f in self.findings], **self.facts))
 
 def catch_warnings(report:Report):
     "A context in which the warnings of aam become findings."
@@ -98,28 +114,28 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
         report.add('note', f"{alike.sum()} of {len(alike)} ASVs ({100*facts['max_bp']['reads_alike']:.1f} % of the reads) differ only behind --max-bp {max_bp}: the nucleotide stack sees them alike; --max-bp {facts['max_bp']['all_apart_at']} tells all apart")
     report.facts['sequences'] = facts
 
-def check_matrix(report:Report, inputs, input:InputOptions, frame_ids:list):
+def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_ids:list):
     "Whether the matrix is about the samples of the table."
     from aam.diagnosis import matrix_facts, matrix_findings
-    if inputs.distances is None: return
-    facts = matrix_facts(inputs.table, inputs.distances, inputs.depth, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
-    report.findings += matrix_findings(facts, input.unifrac_matrix)
+    if inputs.distances is None:
+        report.facts['matrix'] = dict(tree=Path(input.tree).name if input.tree else None)
+        return
+    facts = matrix_facts(inputs.table, inputs.distances, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
+    report.findings += matrix_findings(facts, input.unifrac_matrix, metric)
     report.facts['matrix'] = dict(file=Path(input.unifrac_matrix).name, **(facts or {}))
 
 # %% ../nbs/37_check.ipynb #c5243f41
 def check_target(report:Report, inputs, o:CheckOptions):
     "The `Target`, and the values of the samples that have one; None if there is no usable target."
-    from aam.config import TargetOptions
     from aam.metadata import get_column, is_text_column
     from aam.train import read_target
     if not o.columns: return None, None
     missing = {c: int(get_column(inputs.frame, c).isna().sum()) for c in o.columns}
-    read = lambda classifier: read_target(TargetOptions(metadata=o.metadata, metadata_column=o.metadata_column, classifier=classifier), inputs)
-    try: target, actual = read(o.classifier)
+    try: target, actual = read_target(o.of(TargetOptions), inputs)
     except AamError as error:
         report.add('error', str(error))
         text = len(o.columns) == 1 and not o.classifier and is_text_column(get_column(inputs.frame, o.columns[0]))
-        try: target, actual = read(True) if text else (None, None)
+        try: target, actual = read_target(TargetOptions(metadata=o.metadata, metadata_column=o.metadata_column, classifier=True), inputs) if text else (None, None)
         except AamError: target = actual = None
     if target is None: return None, None
     report.facts['target'] = class_facts(target, actual, missing) if target.classes else {c: number_facts(actual[:, i], missing[c]) for i, c in enumerate(target.columns)}
@@ -154,7 +170,7 @@ def target_findings(facts:dict) -> list:
 subject_words = {'subject', 'host', 'individual', 'participant', 'patient', 'donor', 'person', 'animal', 'mouse'}
 
 def check_split(report:Report, inputs, split:SplitOptions, target, actual, seed:int):
-    "Which samples would be fitted on, and what the groups do."
+    "Which samples would be fitted on, and what the groups do; the `Split`, or None if there cannot be one."
     from aam.inputs import read_split
     from aam.metadata import get_column, read_ids
     if split.group_column and inputs.frame is None: raise AamError(f'--group-column {split.group_column}: needs --metadata')
@@ -162,13 +178,15 @@ def check_split(report:Report, inputs, split:SplitOptions, target, actual, seed:
     for path in lists: read_ids(path) # that a list cannot be read is not a finding
     groups = get_column(inputs.frame, split.group_column) if split.group_column else None
     classes = [target.classes[a] for a in actual] if target and target.classes else None
+    parts = None
     try: parts = read_split(split, inputs, seed, classes)
     except AamError as error: report.add('error', str(error))
     else:
         shown = lambda ids: dict(samples=len(ids), groups=None if groups is None else int(groups.loc[ids].nunique()))
         report.facts['split'] = dict(fit=shown(parts.fit), stop=shown(parts.stop), test=shown(parts.test), group_column=split.group_column)
     if groups is not None and target: report.findings += group_findings(groups.to_numpy(), actual, split.group_column, ', '.join(target.columns))
-    if groups is None and not lists and inputs.frame is not None: report.findings += forgotten_groups(inputs.frame)
+    if groups is None and inputs.frame is not None: report.findings += forgotten_groups(inputs.frame, parts if lists else None)
+    return parts
 
 def group_findings(groups, actual, column:str, target:str) -> list:
     "Whether groups hold one value of the target each."
@@ -181,13 +199,35 @@ def group_findings(groups, actual, column:str, target:str) -> list:
     if constant < len(values): return [Finding('note', f'{constant} of {len(values)} groups of {column} with several samples have a single value of {target}')]
     return [Finding('warning', f'each group of {column} has a single value of {target}: a score is one over {by_group.ngroups} groups, not over {len(actual)} samples')]
 
-def forgotten_groups(frame) -> list:
-    "Columns that look like subjects with several samples each."
+def forgotten_groups(frame, listed=None) -> list:
+    "The column that looks like subjects with several samples each; with a `Split` by lists, whether it cuts through them."
     import re
     from aam.diagnosis import Finding
     named = [c for c in frame.columns if subject_words & set(re.findall('[a-z]+', c.lower()))]
     repeated = [c for c in named if 2 < frame[c].nunique() < .8*frame[c].notna().sum()]
-    return [Finding('note', f'column {c!r} names {frame[c].nunique()} subjects for {frame[c].notna().sum()} samples; without --group-column {c} a score may be one on subjects seen in training') for c in repeated[:1]]
+    if not repeated: return []
+    column = frame[repeated[0]].dropna()
+    if listed is None: return [Finding('note', f'column {column.name!r} names {column.nunique()} subjects for {len(column)} samples; without --group-column {column.name} a score may be one on subjects seen in training')]
+    both = set(column[column.index.isin(listed.fit)]) & set(column[column.index.isin(listed.stop + listed.test)])
+    return [Finding('warning', f'column {column.name!r}: {len(both)} of {column.nunique()} subjects have samples in the list to fit on and in another; scores there are not scores of new subjects')] if both else []
+
+# %% ../nbs/37_check.ipynb #a0854bf7
+def check_fitting(report:Report, inputs, o:CheckOptions, target, actual, parts):
+    "Whether what is fitted on the training samples can be."
+    import logging
+    from types import SimpleNamespace
+    from aam.train import check_parts, fit_categories, fit_target
+    if parts is None: return
+    place = {s: i for i, s in enumerate(inputs.sample_ids)}
+    (fit, stop), reads = ([place[s] for s in ids] for ids in (parts.fit, parts.stop)), inputs.table.reads
+    if (inputs.distances is not None or inputs.branches is not None) and (reads[fit] >= inputs.depth).sum() < 3:
+        report.add('error', f'fewer than three samples to fit on reach the rarefaction depth of {inputs.depth} reads, too few for UniFrac: lower --rarefy-depth')
+    if target is None: return
+    try:
+        check_parts(target, actual, fit, stop)
+        fit_target(target, actual, inputs, fit)
+        fit_categories(o.of(CategoryOptions), inputs, SimpleNamespace(), fit, logging.getLogger('aam'))
+    except AamError as error: report.add('error', str(error))
 
 # %% ../nbs/37_check.ipynb #3c47bfca
 def check_technical(report:Report, inputs, target, actual, names:list=None):
@@ -213,7 +253,7 @@ def check_technical(report:Report, inputs, target, actual, names:list=None):
 def depth_facts(reads, chosen:int, classes=None) -> list[dict]:
     "The samples, and the share of each class, that a depth keeps."
     import numpy as np
-    depths = sorted({int(d) for d in (reads.min(), chosen//2, chosen, 2*chosen) if 0 < d <= reads.max()} | {chosen})
+    depths = sorted({int(d) for d in (reads.min(), chosen//2, chosen, 2*chosen) if max(1, reads.min()) <= d <= reads.max()} | {chosen})
     rows = []
     for depth in depths:
         deep = reads >= depth
@@ -221,11 +261,12 @@ def depth_facts(reads, chosen:int, classes=None) -> list[dict]:
         rows.append(dict(depth=depth, chosen=depth == chosen, samples=int(deep.sum()), share=float(deep.mean()), classes=kept))
     return rows
 
-def check_depth(report:Report, inputs, target, actual, asked:int|None):
-    "What depths cost."
-    import numpy as np
-    classes = np.array(target.classes)[actual] if target and target.classes else None
-    report.facts['depth'] = dict(depth=inputs.depth, asked=asked is not None, depths=depth_facts(inputs.table.reads, inputs.depth, classes))
+def check_depth(report:Report, inputs, classes, asked:int|None):
+    "What depths cost the samples, and the classes of those that have one (a series by ID)."
+    reads = inputs.table.reads
+    if classes is not None: reads, classes = reads[classes.notna().to_numpy()], classes.dropna().to_numpy()
+    if not len(reads): return
+    report.facts['depth'] = dict(depth=inputs.depth, asked=asked is not None, depths=depth_facts(reads, inputs.depth, classes))
     chosen = next(row for row in report.facts['depth']['depths'] if row['chosen'])
     if asked and chosen['classes'] and min(chosen['classes'].values()) < max(chosen['classes'].values()) - .1:
         kept = ', '.join(f'{100*share:.0f} % of {name}' for name, share in sorted(chosen['classes'].items(), key=lambda item: item[1]))
@@ -338,6 +379,8 @@ def show_sequences(facts:dict) -> list[str]:
 
 def show_matrix(facts:dict) -> list[str]:
     f = facts['matrix']
+    if 'file' not in f:
+        return ['Distances', f"  {f['tree']}: computed from each rarefaction" if f['tree'] else '  none given: train goes without the UniFrac loss, pretrain needs --tree or --unifrac-matrix']
     if 'correlation' not in f: return ['Distances', f"  {f['file']}: could not be compared"]
     return ['Distances', f"  {f['file']}  rank correlation with {f['compared_with']} {f['correlation']:.2f} ({f['samples']} samples; rows shuffled at random reach {f['by_chance']:.2f})"]
 
@@ -402,27 +445,37 @@ def report_text(report:Report) -> str:
     return '\n\n'.join(parts) + f'\n\n{verdict}: {counts}'
 
 # %% ../nbs/37_check.ipynb #c75c13c4
+def check_columns(inputs, o:CheckOptions):
+    "Raises an `AamError` for a column that is not there."
+    from aam.metadata import get_column
+    from aam.train import check_categories
+    for column in [*o.columns, *(o.technical or []), *([o.normalize_by] if o.normalize_by else [])]: get_column(inputs.frame, column)
+    if o.columns: check_categories(o.of(CategoryOptions), o.of(TargetOptions), inputs)
+
 def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:SplitOptions) -> Report:
     "Reads everything a run would and looks at it."
-    from aam.inputs import read_inputs
+    import logging
+    from aam.checkpoint import load_checkpoint, pretrained_options
+    from aam.inputs import drop_shallow, read_inputs
     from aam.metadata import get_column, read_metadata
+    from aam.train import warn_of_seen
     report = Report()
     with catch_warnings(report):
+        pretrained = load_checkpoint(o.pretrained_encoder, kinds=('pretrain', 'train')) if o.pretrained_encoder else None
+        if pretrained: encoder = pretrained_options(pretrained, encoder)
         inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata)
-        for column in [*o.columns, *(o.technical or [])]: get_column(inputs.frame, column)
+        check_columns(inputs, o)
         check_sequences(report, inputs, input, encoder.max_bp)
-        check_matrix(report, inputs, input, None if o.metadata is None else list(read_metadata(o.metadata).index))
-        target, actual = check_target(report, inputs, o)
+        check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
         if input.rarefy_depth: inputs.depth = input.rarefy_depth
-        check_depth(report, inputs, target, actual, input.rarefy_depth)
-        if input.rarefy_depth:
-            deep = inputs.table.reads >= input.rarefy_depth
-            inputs.drop([s for s, enough in zip(inputs.sample_ids, deep) if not enough], f'fewer reads than --rarefy-depth {input.rarefy_depth}')
-            actual = None if actual is None else actual[deep]
-        check_split(report, inputs, split, target, actual, o.seed)
+        check_depth(report, inputs, get_column(inputs.frame, o.columns[0]) if o.classifier else None, input.rarefy_depth)
+        if input.rarefy_depth: drop_shallow(inputs, input)
+        target, actual = check_target(report, inputs, o)
+        parts = check_split(report, inputs, split, target, actual, o.seed)
+        check_fitting(report, inputs, o, target, actual, parts)
+        if pretrained and parts: warn_of_seen(logging.getLogger('aam'), pretrained, parts)
         check_technical(report, inputs, target, actual, o.technical)
-        parts = report.facts.get('split', dict(fit=dict(samples=len(inputs.table)), stop=dict(samples=0)))
-        check_cost(report, inputs, o, input, encoder, target, parts['fit']['samples'], parts['stop']['samples'])
+        check_cost(report, inputs, o, input, encoder, target, len(parts.fit) if parts else len(inputs.table), len(parts.stop) if parts else 0)
     report.facts['losses'] = losses(inputs, Path(input.table).name)
     return report
 
@@ -441,5 +494,5 @@ def check(
     "Reads what pretrain and train would read, and reports what they would meet, without training."
     import json
     report = examine(input, check, encoder, split)
-    print(json.dumps(report.to_dict(), indent=1, default=lambda x: x.item()) if check.json else report_text(report))
+    print(json.dumps(report.to_dict(), indent=1, allow_nan=False) if check.json else report_text(report))
     return report.exit_code

@@ -15,6 +15,7 @@ commands = {
     'pretrain': ('aam.pretrain:pretrain', 'learn an encoder from tables without labels'),
     'train': ('aam.train:train', 'learn to predict metadata columns'),
     'check': ('aam.check:check', 'what training would make of your files, without training'),
+    'unifrac': ('aam.distances:unifrac', 'a UniFrac distance matrix from a table and a tree'),
     'predict': ('aam.predict:predict', 'predict new samples with a trained model'),
     'rf-baseline': ('aam.rf_baseline:rf_baseline', 'the same prediction by Random Forest'),
     'simulate': ('aam.simulate:simulate', 'write a small simulated data set'),

@@ -103,8 +103,13 @@ class LinearPath(nn.Module):
 def _ridge(X, y, strength):
     "Coefficients (2V, O) and bias (O,) of a ridge regression; targets may be missing one by one."
     from sklearn.linear_model import Ridge
-    columns = [Ridge(alpha=1/strength).fit(X[known], column[known]) for column in y.T for known in [np.isfinite(column)]]
-    return np.stack([c.coef_ for c in columns], 1), np.array([c.intercept_ for c in columns])
+    weights, bias = np.zeros((X.shape[1], y.shape[1])), np.zeros(y.shape[1])
+    for i, column in enumerate(y.T):
+        known = np.isfinite(column)
+        if not known.any(): continue # a fold may lack one of several targets
+        fitted = Ridge(alpha=1/strength).fit(X[known], column[known])
+        weights[:, i], bias[i] = fitted.coef_, fitted.intercept_
+    return weights, bias
 
 def _logistic(X, y, strength, classes):
     "Coefficients (2V, classes) and bias of a logistic regression; a class without a sample gets a low bias."
@@ -149,11 +154,13 @@ def fit_linear(
     return weights * scales[:, None], bias, left_out
 
 def folds(y, classes, groups, seed, n:int=5):
-    "Five folds, groups whole, classes in proportion."
+    "Five folds, or as many as the samples allow; groups whole, classes in proportion."
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
     import warnings
     if groups is not None and len(set(groups)) < 2: groups = None # one group cannot be divided
     n = min(n, len(y), *([len(set(groups))] if groups is not None else []))
+    if classes: n = min(n, np.bincount(y).max()) # so many, scikit-learn asks, the largest class must have
+    if n < 2: return []
     if classes: splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(n, shuffle=True, random_state=seed)
     else: splitter = KFold(n, shuffle=True, random_state=seed) if groups is None else GroupKFold(n)
     with warnings.catch_warnings():

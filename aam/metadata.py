@@ -32,6 +32,12 @@ def is_id_header(name:str) -> bool:
 # %% ../nbs/04_metadata.ipynb #ee15e2c0
 missing_words = {'', 'na', 'n/a', 'nan', 'null', 'not applicable', 'not collected', 'not provided', 'missing', 'restricted access'}
 
+def _foreign_line(path) -> int:
+    "The first line, counted from 1, that is not UTF-8."
+    for number, line in enumerate(Path(path).read_bytes().split(b'\n'), 1):
+        try: line.decode()
+        except UnicodeDecodeError: return number
+
 def _read_rows(path:str|Path) -> list[list[str]]:
     "Rows of a tab-separated file that hold anything, without the space around cells."
     try:
@@ -39,7 +45,7 @@ def _read_rows(path:str|Path) -> list[list[str]]:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file, dialect='excel-tab', strict=True)]
     except FileNotFoundError: raise AamError(f'{path}: no such file; give the sample metadata as tab-separated text') from None
     except OSError as error: raise AamError(f'{path}: cannot be read ({error.strerror}); give the sample metadata as tab-separated text') from None
-    except UnicodeDecodeError: raise AamError(f'{path}: not UTF-8 text; save the metadata as tab-separated text in UTF-8') from None
+    except UnicodeDecodeError: raise AamError(f'{path}: not UTF-8 text (line {_foreign_line(path)}); save the metadata as tab-separated text in UTF-8') from None
     except csv.Error as error: raise AamError(f'{path}: not a tab-separated table ({error}); save the metadata as tab-separated text') from None
     return [row for row in rows if any(row)]
 
@@ -87,6 +93,7 @@ def read_metadata(
     for row in rows:
         if row[0].startswith(('#q2:', '#sk:')):
             kind, values = _read_directive(path, row, header)
+            if kind in directives: raise AamError(f'{path}: there are two #q2:{kind} rows; keep one')
             directives[kind] = values
         elif is_id_header(row[0]): raise AamError(f'{path}: a row below the header starts with {row[0]!r}, the name of an ID column; remove it or rename the sample')
         elif row[0].startswith('#'): continue

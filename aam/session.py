@@ -146,7 +146,7 @@ class Session:
 @patch
 def split(self:Session, inputs:Inputs, classes=None) -> Split:
     "Fit, stop and test samples; a resumed run keeps its own."
-    quick_check(inputs, self.options['input'])
+    quick_check(inputs, self.options['input'], self.options['encoder'].unifrac_metric)
     seed = self.options['run'].seed
     if not self.resumed: return read_split(self.options['split'], inputs, seed, classes)
     split = Split(**self.resumed['split'])
@@ -245,7 +245,7 @@ def unifrac_variance(data:SampleData, samples, most:int=500) -> float:
     chosen = np.random.default_rng(data.seed).permutation(samples)[:most]
     d = pair_values(all_distances(data, chosen))
     d = d[np.isfinite(d)]
-    if len(d) < 2: raise AamError(f'no two samples to fit on reach the rarefaction depth of {data.depth} reads: lower --rarefy-depth')
+    if len(d) < 2: raise AamError(f'fewer than three samples to fit on reach the rarefaction depth of {data.depth} reads, too few for UniFrac: lower --rarefy-depth')
     return float(max(d.var(), 1e-6))
 
 def count_deviation(data:SampleData, samples) -> float:

@@ -9,7 +9,7 @@ __all__ = ['log', 'artifact_members', 'type_remedies', 'asv_samplings', 'Table',
            'choose_asvs', 'relative_abundance']
 
 # %% ../nbs/02_table.ipynb #043305e8
-import gzip, hashlib, logging, os, re, shutil, tempfile, zipfile
+import gzip, hashlib, logging, os, re, shutil, stat, tempfile, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,21 +85,23 @@ def reason(error:Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 artifact_members = {'FeatureTable[Frequency]': 'feature-table.biom', 'FeatureData[Sequence]': 'dna-sequences.fasta',
-                    'Phylogeny[Rooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv'}
+                    'Phylogeny[Rooted]': 'tree.nwk', 'Phylogeny[Unrooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv'}
 type_remedies = {'FeatureTable[RelativeFrequency]': 'give the table of raw counts',
                  'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root)'}
 
 def _find_data(path, archive, wanted):
-    "The member of an artifact of type `wanted` that holds the data."
+    "The member of an artifact of type `wanted`, or of one of several types, that holds the data."
     names = archive.namelist()
-    outside = [n for n in names if n.startswith('/') or '..' in re.split(r'[/\\]', n)]
+    outside = [n for n in names if re.match(r'[/\\]|[A-Za-z]:', n) or '..' in re.split(r'[/\\]', n)]
     if outside: raise AamError(f'{path}: the archive holds {outside[0]!r}, which leads out of it; QIIME 2 writes no such file, do not trust it')
+    links = [m.filename for m in archive.infolist() if stat.S_ISLNK(m.external_attr >> 16)]
+    if links: raise AamError(f'{path}: the archive holds a symbolic link ({links[0]!r}); QIIME 2 writes none, do not trust it')
     folders = [n.split('/')[0] for n in names if re.fullmatch('[^/]+/metadata.yaml', n)]
     if len(folders) != 1: raise AamError(f'{path}: not an artifact of QIIME 2 (no metadata.yaml in the one folder it should have); give a .qza as QIIME 2 wrote it')
     with archive.open(f'{folders[0]}/metadata.yaml') as f: found = re.search(r"^type: *'?(.+?)'? *\r?$", f.read(10_000).decode(), re.M)
     kind = re.sub(r' *% *Properties\(.*?\)', '', found[1]) if found else 'unknown'
-    if kind != wanted: raise AamError(f"{path}: an artifact of type {kind}, not {wanted}; {type_remedies.get(kind, 'give one of that type')}")
-    return archive.getinfo(f'{folders[0]}/data/{artifact_members[wanted]}')
+    if kind not in wanted.split(' or '): raise AamError(f"{path}: an artifact of type {kind}, not {wanted}; {type_remedies.get(kind, 'give one of that type')}")
+    return archive.getinfo(f'{folders[0]}/data/{artifact_members[kind]}')
 
 def _check_size(path, member, plausible=2**27, most=2**36, ratio=200):
     "Raises an `AamError` for a member that unpacks to more than data do."
@@ -111,14 +113,14 @@ def _check_size(path, member, plausible=2**27, most=2**36, ratio=200):
 @contextmanager
 def data_file(
     path:Path, # .qza, or any other file
-    artifact_type:str, # a key of `artifact_members`
+    artifact_type:str, # a key of `artifact_members`, or several with ' or ' between them
 ):
     "The file to read: `path` itself, or for as long as the context lasts the data of the artifact that it is."
-    if path.suffix not in ('.qza', '.qzv'):
+    if path.suffix.lower() not in ('.qza', '.qzv'):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix='aam-') as folder: # readable to its owner alone
-        copy = Path(folder)/artifact_members[artifact_type]
+        copy = Path(folder)/artifact_members[artifact_type.split(' or ')[0]]
         try:
             with zipfile.ZipFile(path) as archive, open(copy, 'wb') as target:
                 member = _find_data(path, archive, artifact_type)
@@ -139,6 +141,11 @@ def _fasta_records(path, text):
         if not header.split(): raise AamError(f'{path}: a sequence without an ID; each should follow a line with > and its ID')
         yield header.split()[0], normalise_sequence(''.join(lines.split()))
 
+def _spellings(name:str) -> set[str]:
+    "The IDs under which a record may be looked up."
+    names = {name, re.sub(r';\w+=.*', '', name)}
+    return names | {s for n in names if re.fullmatch('([0-9A-Fa-f]{32}){1,2}|[0-9A-Fa-f]{40}', n) for s in (n.lower(), n.upper())} # md5, sha256, sha1
+
 def read_sequences(
     path:str|Path, # FASTA (also gzipped), or .qza of type FeatureData[Sequence]
 ) -> dict[str, str]: # DNA by ID
@@ -151,7 +158,8 @@ def read_sequences(
         raise AamError(f'{path}: not readable as FASTA ({reason(e)}); check that it was copied whole') from e
     for name, sequence in _fasta_records(path, text):
         if not is_dna(sequence): raise AamError(f'{path}: the sequence of {name} is not DNA ({sequence[:20] or "it is empty"}); give the unaligned nucleotide sequences')
-        if found.setdefault(name, sequence) != sequence: raise AamError(f'{path}: {name} has two sequences; name each sequence once')
+        for spelling in _spellings(name):
+            if found.setdefault(spelling, sequence) != sequence: raise AamError(f'{path}: {spelling} has two sequences; name each sequence once')
     return found
 
 # %% ../nbs/02_table.ipynb #d699db39

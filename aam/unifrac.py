@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'distance_readers', 'distance_writers', 'unifrac_metrics', 'StoredMatrix', 'Distances', 'read_distances',
-           'write_distances', 'Branches', 'make_branches', 'read_tree', 'branch_presence', 'faith_pd',
-           'unweighted_unifrac', 'branch_proportions', 'weighted_unifrac', 'unifrac_distances', 'tree_distances']
+           'write_distances', 'file_hash', 'draw_record', 'drawn_table', 'Branches', 'make_branches', 'read_nodes',
+           'read_tree', 'branch_presence', 'faith_pd', 'unweighted_unifrac', 'branch_proportions', 'weighted_unifrac',
+           'weighted_unnormalized_unifrac', 'generalized_unifrac', 'unifrac_distances', 'tree_distances']
 
 # %% ../nbs/03_unifrac.ipynb #85b74123
-import csv, logging, os, sys
+import csv, hashlib, json, logging, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/03_unifrac.ipynb #0e52349d
 from .config import AamError, unifrac_metric_names
-from .table import Table, data_file, reason
+from .table import Table, data_file, read_table, reason
 from .tokens import normalise_sequence
 
 log = logging.getLogger('aam')
@@ -177,6 +178,35 @@ def write_distances(
     if path.suffix not in distance_writers: raise AamError(f"{path}: not a kind of distance file; choose one of {', '.join(distance_writers)}")
     distance_writers[path.suffix](distances, path)
 
+# %% ../nbs/03_unifrac.ipynb #b3000005
+def file_hash(path:str|Path) -> str: # hexadecimal
+    "SHA-256 of a file."
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(f.read()).hexdigest()
+
+def draw_record(path:str|Path) -> dict|None: # rarefied_table (a name in the same folder), rarefied_sha256, rarefy_depth, rarefy_seed
+    "What `aam unifrac` noted about the rarefaction behind a distance matrix."
+    path = Path(path)
+    try:
+        if path.suffix in ('.h5', '.hdf5'):
+            with h5py.File(path) as f: noted = dict(f.attrs)
+        else: noted = json.loads(Path(f'{path}.json').read_text())
+        return noted if {'rarefied_table', 'rarefied_sha256'} <= noted.keys() else None
+    except (OSError, ValueError, AttributeError): return None # no record that could be read
+
+def drawn_table(
+    path:str|Path, # distance matrix
+) -> Table|None:
+    "The rarefied table behind a distance matrix, if there is one; an `AamError` if it is not the one that was used."
+    noted = draw_record(path)
+    if noted is None: return None
+    table = Path(path).parent/Path(str(noted['rarefied_table'])).name # never outside the folder
+    if not table.is_file():
+        log.warning(f'{Path(path).name}: its rarefied table {table.name} is not beside it; reads are drawn anew, and are not quite those that the distances are about')
+        return None
+    if file_hash(table) != noted['rarefied_sha256']:
+        raise AamError(f'{table}: not the table that {Path(path).name} was computed from, or changed since; restore it, compute both again with aam unifrac, or remove it')
+    return read_table(table)
+
 # %% ../nbs/03_unifrac.ipynb #4df159ed
 @dataclass(repr=False, eq=False)
 class Branches:
@@ -213,17 +243,19 @@ def make_branches(
     return Branches(membership, merged.astype(np.float32))
 
 # %% ../nbs/03_unifrac.ipynb #54e5ff9e
-def _read_newick(path):
-    "The tree in a file."
+def _read_newick(path, root_midpoint=False):
+    "The rooted tree in a file."
     from skbio import TreeNode # here, because it loads torch, which a run with a distance matrix may do without
     if not path.is_file(): raise AamError(f'{path}: no such file; give a rooted newick tree')
-    with data_file(path, 'Phylogeny[Rooted]') as file:
+    with data_file(path, 'Phylogeny[Rooted]' + ' or Phylogeny[Unrooted]'*root_midpoint) as file:
         try: root = TreeNode.read(str(file), format='newick', verify=False, convert_underscores=False)
         except Exception as e: # scikit-bio lets decoding errors and others through
             raise AamError(f'{path}: not a readable newick tree ({reason(e)}); export it as newick and check that it was copied whole') from e
-    if len(root.children) > 2:
-        raise AamError(f'{path}: the tree is unrooted ({len(root.children)} branches at its root); root it, for example at its midpoint (qiime phylogeny midpoint-root)')
-    return root
+    if len(root.children) <= 2: return root
+    if not root_midpoint:
+        raise AamError(f'{path}: the tree is unrooted ({len(root.children)} branches at its root); root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)')
+    log.info(f'{path.name}: rooted at its midpoint')
+    return root.root_at_midpoint(reset=True)
 
 def _find_tips(path, nodes, sequences, sequence_of):
     "The node that bears each sequence, or an ID of it, as its name."
@@ -244,21 +276,31 @@ def _find_tips(path, nodes, sequences, sequence_of):
     return np.array([place[s] for s in sequences], np.int64)
 
 # %% ../nbs/03_unifrac.ipynb #7b0e71de
-def read_tree(
+def read_nodes(
     path:str|Path, # rooted newick tree, or .qza of one
     sequences:list[str], # ASVs of the table, (A,)
     sequence_of:dict[str, str]=None, # DNA by tip name; other tip names are sequences
-) -> Branches:
-    "The branches above the ASVs of a table; a missing length is 0, other tips are ignored."
+    root_midpoint:bool=False, # root an unrooted tree at its midpoint
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # the node of each ASV (A,); parent of each node, -1 at the root, and length above it (n_nodes,)
+    "A tree as arrays, its nodes in postorder; a missing length is 0."
     path = Path(path)
-    root = _read_newick(path)
+    root = _read_newick(path, root_midpoint)
     nodes = list(root.postorder())
     place = {id(n): i for i, n in enumerate(nodes)}
     parents = np.array([-1 if n.parent is None else place[id(n.parent)] for n in nodes], np.int64)
     lengths = np.array([n.length or 0. for n in nodes])
     if (lengths < 0).any(): raise AamError(f'{path}: the tree has branches of negative length; build it with a method that gives none')
-    branches = make_branches(_find_tips(path, nodes, sequences, sequence_of or {}), parents, lengths)
-    if not len(branches.lengths): raise AamError(f'{path}: the tree has no branch lengths; UniFrac needs them')
+    if not lengths.any(): raise AamError(f'{path}: the tree has no branch lengths; UniFrac needs them')
+    return _find_tips(path, nodes, sequences, sequence_of or {}), parents, lengths
+
+def read_tree(
+    path:str|Path, # rooted newick tree, or .qza of one
+    sequences:list[str], # ASVs of the table, (A,)
+    sequence_of:dict[str, str]=None, # DNA by tip name; other tip names are sequences
+) -> Branches:
+    "The branches above the ASVs of a table; other tips are ignored."
+    branches = make_branches(*read_nodes(path, sequences, sequence_of))
+    if not len(branches.lengths): raise AamError(f'{path}: the tree has no branch lengths above the ASVs of the table; UniFrac needs them')
     return branches
 
 # %% ../nbs/03_unifrac.ipynb #d42a55e7
@@ -320,6 +362,29 @@ def weighted_unifrac(
 ) -> np.ndarray: # float32, (N, N)
     "Normalised weighted UniFrac between all samples; 0 between two empty ones."
     return _moved(proportions, proportions, lengths)
+
+def weighted_unnormalized_unifrac(
+    proportions:np.ndarray, # (N, n_branches)
+    lengths:np.ndarray, # (n_branches,)
+) -> np.ndarray: # float32, (N, N), in units of branch length
+    "Weighted UniFrac between all samples, not divided by anything (Lozupone et al. 2007)."
+    moved = proportions.astype(np.float64) * lengths
+    return cdist(moved, moved, 'cityblock').astype(np.float32)
+
+# %% ../nbs/03_unifrac.ipynb #b3000002
+def generalized_unifrac(
+    proportions:np.ndarray, # (N, n_branches)
+    lengths:np.ndarray, # (n_branches,)
+    alpha:float=1., # between 0 and 1
+) -> np.ndarray: # float32, (N, N)
+    "Generalized UniFrac between all samples; 0 between two empty ones."
+    proportions, found = proportions.astype(np.float64), np.zeros((len(proportions),)*2, np.float32)
+    for i, own in enumerate(proportions):
+        both = own + proportions
+        power = np.where(both > 0, both, 1)**alpha * (both > 0)
+        moved, most = (power * abs(own - proportions) / np.where(both > 0, both, 1)) @ lengths, power @ lengths
+        found[i] = moved / np.where(most > 0, most, 1)
+    return found
 
 # %% ../nbs/03_unifrac.ipynb #a1fa59e6
 unifrac_metrics = dict(unweighted=(branch_presence, unweighted_unifrac), weighted=(branch_proportions, weighted_unifrac))

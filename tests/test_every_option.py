@@ -25,7 +25,7 @@ from aam.config import TrainingOptions, command_parser
 from aam.encoder import Encoder, NucleotideEncoder
 from aam.layers import Block
 from aam.optim import Schedule
-from aam.predictor import Model
+from aam.predictor import Model, TargetHead
 from aam.table import read_table
 from aam.unifrac import read_distances
 
@@ -36,7 +36,7 @@ here = Path(__file__).parent
 class Watch:
     "What a command does, seen through PyTorch's own hooks: batches, chunks, memory kept for the backward pass."
     def __init__(self):
-        self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.saved = [], [], [], [], [], [], set(), {}, 0
+        self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.read, self.judged, self.saved = [], [], [], [], [], [], set(), {}, [], [], 0
 
     def before(self, module, inputs):
         if isinstance(module, Model):
@@ -51,10 +51,11 @@ class Watch:
                 self.validated.append(inputs[0])
                 self.weights_seen.append(module.encoder.project.weight.detach().clone())
             self.model = module
-        if isinstance(module, NucleotideEncoder) and torch.is_grad_enabled(): self.chunks.append(len(inputs[0]))
+        if isinstance(module, NucleotideEncoder): (self.chunks if torch.is_grad_enabled() else self.read).append(len(inputs[0]))
         if isinstance(module, Block) and torch.is_grad_enabled():
             kept = inputs[2] if len(inputs) > 2 else None # factors of dropout
             self.zeroed.setdefault(module, []).append(0. if kept is None else float((kept == 0).float().mean()))
+        if isinstance(module, TargetHead) and not module.training: self.judged.append(len(inputs[0].states))
         if isinstance(module, Encoder): self.encoded += inputs[0].sample_ids
 
     def keep(self, tensor):
@@ -336,13 +337,15 @@ def epochs_by(run, metric):
 
 @pytest.mark.parametrize('metric', ['val_loss', 'r2', 'mae', 'accuracy', 'f1'])
 def test_best_metric(place, tmp_path, metric):
-    "The kept weights are of the epoch that this score calls the best, and another score would have chosen another."
-    classes, other = metric in ('accuracy', 'f1'), 'val_loss' if metric != 'val_loss' else 'mae'
+    "The kept weights are of the epoch that this score calls the best, and its score is what is compared. (test_best_epoch has scores that disagree.)"
+    classes = metric in ('accuracy', 'f1')
     column = '--metadata-column habitat --classifier' if classes else '--metadata-column soil_moisture --loss-type ' + ('mae' if metric == 'r2' else 'mse')
     given = place(f'--table SURVEY/table.biom --metadata SURVEY/metadata.tsv {column} {width} --penalty 0 --nuc-penalty 0 --count-penalty 0 --no-linear-start --val-prediction-passes 1')
-    run_command(['train', *given, '--lr', '0.1' if metric == 'r2' else '0.05', '--average-decay', '0', '--epochs', '12', '--patience', '12', '--best-metric', metric, '--output-dir', str(tmp_path/'run')])
+    run_command(['train', *given, '--lr', '0.1' if metric == 'r2' else '0.05', '--average-decay', '0', '--epochs', '5', '--patience', '12', '--best-metric', metric, '--output-dir', str(tmp_path/'run')])
     r = Files(tmp_path/'run')
-    assert r.best['epoch'] == epochs_by(r, metric) != epochs_by(r, other)
+    chosen = re.search(r'best epoch (\d+) of \d+: (\w+) (-?[\d.]+)', (tmp_path/'run'/'training.log').read_text())
+    assert r.best['epoch'] == epochs_by(r, metric) == int(chosen[1]) and chosen[2] == metric
+    np.testing.assert_allclose(float(chosen[3]), r.lines[r.best['epoch'] - 1][metric if metric == 'val_loss' else f'val_{metric}'], atol=1e-4)
     scores = json.loads((tmp_path/'run'/'scores.json').read_text())['validation']
     if metric != 'val_loss': np.testing.assert_allclose(scores[metric], r.lines[r.best['epoch'] - 1][f'val_{metric}'], rtol=1e-4)
 
@@ -354,7 +357,7 @@ def test_linear_start(runs, place, tmp_path):
 
 
 def test_frozen_encoder_costs_one_pass(runs, place, tmp_path):
-    "Each sample is encoded once, however many epochs there are. (The final predictions read each ASV of the table once, as `aam predict` does.)"
+    "Each sample is encoded once, however many epochs there are. (The final predictions go their own way, as in `aam predict`.)"
     encoder = runs('pretrain', 'base').folder/'checkpoints'/'best_model.pt'
     for epochs in 1, 4:
         folder = tmp_path/str(epochs)
@@ -380,9 +383,10 @@ def predicted(runs, place, tmp_path_factory):
 
 def test_predict_batch_size_and_passes(predicted):
     watch, found = predicted('base.tsv')
-    small, again = predicted('small.tsv', '--batch-size', 5, '--prediction-passes', 1)
-    assert max(map(len, watch.validated)) == 8 and max(map(len, small.validated)) == 5
-    assert len(found) == 48 and sum(map(len, small.validated)) == 48 and sum(map(len, watch.validated)) > 3*44
+    small, again = predicted('small.tsv', '--batch-size', 5, '--prediction-passes', 1, '--asv-chunk-size', 4)
+    assert max(watch.read) > 4 == max(small.read)
+    assert max(watch.judged) == 8 and max(small.judged) == 5
+    assert len(found) == 48 and sum(small.judged) == 48 and sum(watch.judged) > 3*44
     assert list(found) == ['prediction'] and list(predicted('spread.tsv', '--output-variance')[1]) == ['prediction', 'variance']
     assert not np.allclose(found.prediction, again.prediction, rtol=1e-6)
 
@@ -448,7 +452,7 @@ elsewhere_of = {
         'overwrite': 'test_errors.py::test_existing_output_survives', 'output': 'test_errors.py::test_existing_output_survives', 'table': 'test_rf_baseline.py::test_order_of_the_table_does_not_matter',
         'metadata': 'test_rf_baseline.py::test_missing_values_are_masked_column_by_column', 'metadata-column': 'test_rf_baseline.py::test_numbers_as_sklearn',
         **{f'{part}-samples': 'test_rf_baseline.py::test_numbers_as_sklearn' for part in ('train', 'val', 'test')}},
-    'predict': {'table': 'test_invariance.py::test_company_changes_no_prediction', 'overwrite': f'{Path(__file__).name}::test_predict_refuses_to_replace'},
+    'predict': {'asv-chunk-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'table': 'test_invariance.py::test_company_changes_no_prediction', 'overwrite': f'{Path(__file__).name}::test_predict_refuses_to_replace'},
 }
 
 
