@@ -9,10 +9,10 @@ __all__ = ['tile', 'metrics', 'chunk', 'largest_block', 'Ranges', 'make_ranges',
 
 # %% ../nbs/07_blocks.ipynb #b7000004
 import functools, math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -171,11 +171,11 @@ def _power_sums(a, b, lengths, alpha):
     return sums - on_mine[None]
 
 metrics = dict(
-    unweighted=Metric(_rooted, lambda v, l, alpha: v*v, lambda a, b, l, alpha: shared_lengths(a, b),
+    unweighted=Metric(_rooted, lambda values, lengths, alpha: values*values, lambda a, b, lengths, alpha: shared_lengths(a, b),
                       lambda shared, own, other: _share(own + other - 2*shared, own + other - shared)),
-    weighted_normalized=Metric(_moved, lambda v, l, alpha: v, lambda a, b, l, alpha: moved_lengths(a, b),
+    weighted_normalized=Metric(_moved, lambda values, lengths, alpha: values, lambda a, b, lengths, alpha: moved_lengths(a, b),
                                lambda moved, own, other: _share(moved, own + other), 'float64'),
-    weighted_unnormalized=Metric(_moved, lambda v, l, alpha: v, lambda a, b, l, alpha: moved_lengths(a, b),
+    weighted_unnormalized=Metric(_moved, lambda values, lengths, alpha: values, lambda a, b, lengths, alpha: moved_lengths(a, b),
                                  lambda moved, own, other: moved, 'float64'),
     generalized=Metric(Block.proportions, _power_own, _power_sums,
                        lambda sums, own, other: _share(sums[0] + other, sums[1] + other)))

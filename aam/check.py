@@ -328,7 +328,7 @@ def check_cost(report:Report, inputs, o:CheckOptions, input:InputOptions, encode
     parameters = parameters_of(encoder, tasks, target.outputs if target else 0)
     tokens = 1.1*distinct*length + 2*rows*longest
     chunk = min(o.asv_chunk_size or distinct, distinct)*length
-    kept = tokens*layers*4*width + max(chunk, rows*longest)*120*width if o.gradient_checkpointing else tokens*layers*120*width
+    kept = tokens*layers*4*width + max(chunk, rows*longest)*160*width if o.gradient_checkpointing else tokens*layers*120*width
     data = sum(map(len, inputs.table.sequences))*3 + 4*len(inputs.table)**2*(inputs.distances is not None)
     report.facts['cost'] = dict(device=torch.cuda.get_device_name() if device == 'cuda' else f'this CPU ({torch.get_num_threads()} of its cores)', parameters=parameters,
         steps_per_epoch=steps, asvs_per_batch=round(distinct), bases=length, seconds_per_epoch=epoch, seconds=epoch*o.epochs, epochs=o.epochs, memory_gb=(20*parameters + kept + data)/2**30 + .5) # half a GB of libraries
@@ -458,6 +458,7 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     from aam.checkpoint import load_checkpoint, pretrained_options
     from aam.inputs import drop_shallow, read_inputs
     from aam.metadata import get_column, read_metadata
+    from aam.table import table_paths
     from aam.train import warn_of_seen
     report = Report()
     with catch_warnings(report):
@@ -476,7 +477,8 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
         if pretrained and parts: warn_of_seen(logging.getLogger('aam'), pretrained, parts)
         check_technical(report, inputs, target, actual, o.technical)
         check_cost(report, inputs, o, input, encoder, target, len(parts.fit) if parts else len(inputs.table), len(parts.stop) if parts else 0)
-    report.facts['losses'] = losses(inputs, Path(input.table).name)
+    files = table_paths(input.table)
+    report.facts['losses'] = losses(inputs, files[0].name if len(files) == 1 else f'{len(files)} tables')
     return report
 
 def losses(inputs, name:str) -> list[dict]:

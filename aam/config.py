@@ -39,7 +39,7 @@ scheduler_names = 'warmup_cosine', 'cosine_restarts', 'plateau', 'onecycle'
 precision_names = 'bf16', 'fp16', 'none'
 compile_names = 'on', 'off', 'auto'
 mask_strategy_names = 'random', 'span'
-unifrac_metric_names = 'unweighted', 'weighted'
+unifrac_metric_names = 'unweighted', 'weighted', 'weighted_unnormalized', 'generalized'
 fusion_names = 'concat', 'add', 'gmu', 'cross-attention', 'perceiver'
 loss_type_names = 'huber', 'mse', 'mae', 'quantile', 'asymmetric'
 output_activation_names = 'none', 'relu', 'softplus', 'exp'
@@ -153,6 +153,7 @@ class EncoderOptions(Options):
     max_bp:Number(int, 1)=150 # bases of each ASV that the nucleotide stack reads
     dropout:Number(float, 0, 0.9)=0.1 # dropout in the sample stacks and the heads (never on the path to UniFrac)
     unifrac_metric:choice(unifrac_metric_names)='unweighted' # which UniFrac: computed from --tree, or held by --unifrac-matrix (weighted: the normalised one)
+    unifrac_alpha:Number(float, 0, 1)=1. # generalized: how much abundant branches weigh (1: as in weighted)
     unifrac_head:choice(unifrac_head_names)='union' # 'union': soft union of branches; 'euclid': tanh of a distance between pooled vectors
     unifrac_branches:Number(int, 1)=512 # soft branches of the union head
     kmer_dim:Number(int, 1)=256 # width of the 6-mer vector of an ASV
@@ -165,6 +166,8 @@ class EncoderOptions(Options):
     def check(self):
         if self.embedding_dim % self.attention_heads:
             raise AamError(f'--embedding-dim {self.embedding_dim} is not divisible by --attention-heads {self.attention_heads}: change one of them')
+        if 'unifrac_alpha' in self.given and self.unifrac_metric != 'generalized':
+            raise AamError(f'--unifrac-alpha {self.unifrac_alpha}: belongs to --unifrac-metric generalized, not {self.unifrac_metric}; leave it out or change the metric')
 
 # %% ../nbs/00_config.ipynb #ab025a95
 @dataclass

@@ -124,11 +124,13 @@ class SampleData:
     seed:int=42
     branches:Branches=None # tree: distances are computed from each draw
     distances:Distances=None # matrix: distances are looked up by sample ID
+    drawn:Table=None # the rarefaction behind the matrix, of the same samples and ASVs
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
     identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
     offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
     categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
     unifrac_metric:str='unweighted' # of the distances from the tree, or in the matrix
+    unifrac_alpha:float=1. # of generalized UniFrac
     nuc_mask_ratio:float=0.15
     nuc_mask_strategy:str='random' # key of `mask_strategies`
     nuc_share:float=0.1 # share of the distinct ASVs that the nucleotide task copies and masks
@@ -157,7 +159,9 @@ def view_draw(data:SampleData, view:str, i:int, epoch:int, training:bool) -> Dra
     "Draw of sample `i` for `view`, after the limit on ASVs."
     asvs, counts = data.table.row(i)
     sample_id = data.table.sample_ids[i]
-    if view == 'unifrac': drawn = unifrac_draw(counts, data.depth, data.rarefy_seed, epoch if data.distances is None else 0, sample_id)
+    if view == 'unifrac' and data.drawn is not None:
+        asvs, drawn = data.drawn.row(i)
+    elif view == 'unifrac': drawn = unifrac_draw(counts, data.depth, data.rarefy_seed, epoch if data.distances is None else 0, sample_id)
     else: drawn = target_draw(counts, data.depth, data.rarefy_seed, epoch, sample_id, training)
     kept = drawn > 0
     return Draw(asvs[kept], drawn[kept], int(drawn.sum()))
@@ -184,8 +188,8 @@ def pair_distances(data:SampleData, samples, draws) -> np.ndarray: # (B, B)
     "Distances between `samples`; NaN on the diagonal and where a sample has too few reads."
     samples = np.asarray(samples)
     if data.distances is not None: d = data.distances.align([data.table.sample_ids[i] for i in samples])
-    else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric)
-    shallow = data.table.reads[samples] < data.depth
+    else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric, data.unifrac_alpha)
+    shallow = data.table.reads[samples] < (data.depth if data.drawn is None else 1) # all that were drawn count
     d = np.where(shallow[:, None] | shallow[None], np.nan, d).astype(np.float32)
     np.fill_diagonal(d, np.nan)
     return d

@@ -219,7 +219,8 @@ def matrix_facts(
     drawn = [expected_distances(rarefy(table.select(ids), depth, seed, epoch).counts, branches) for epoch in (0, 1)]
     found = standardised_ranks(distances.align(ids))
     fits = {name: rank_correlation(found, standardised_ranks(d)) for name, d in drawn[0].items()}
-    name = max(fits, key=fits.get)
+    presence, abundance = fits
+    name = abundance if fits[abundance] > max(fits[presence], .15) else presence # rows in another order follow neither
     expected, again = (standardised_ranks(d[name]) for d in drawn)
     if rank_correlation(expected, again) < .5: return None # the same ASVs everywhere
     rows = row_correlations(found, expected)
@@ -239,16 +240,17 @@ def matrix_findings(
     "Whether the rows of a matrix are those of the table."
     name = Path(path).name
     if facts is None: return [Finding('note', f'{name}: the samples are too few or too alike to tell whether its rows are in the order of the table')]
+    by_abundance = facts['compared_with'] == 'Bray-Curtis' # which weighted UniFrac follows less closely
     r, chance, other, said = facts['correlation'], facts['by_chance'], facts['other_order'], f"rank correlation with {facts['compared_with']}"
     remedy = f"write the IDs of its rows to {Path(path).with_suffix('.ids.txt').name}, one a line" if Path(path).suffix == '.npy' else 'compute it again from this table'
     if other['better'] > .75 and other['correlation'] > chance:
         return [Finding('error', f"{name}: its rows are not in the order of the table; they fit {other['order']} ({said} {other['correlation']:.2f} instead of {r:.2f}): {remedy}")]
-    if r <= chance and r > .3: return [Finding('warning', f"{name}: {facts['samples']} samples are too few to tell whether its rows are in the order of the table ({said} {r:.2f}; rows shuffled at random reach {chance:.2f}): {remedy}")]
+    if r <= chance and r > (.15 if by_abundance else .3): return [Finding('warning', f"{name}: {facts['samples']} samples are too few to tell whether its rows are in the order of the table ({said} {r:.2f}; rows shuffled at random reach {chance:.2f}): {remedy}")]
     if r <= chance:
         return [Finding('error', f"{name}: its rows are not the samples of the table in their order ({said} {r:.2f}; rows shuffled at random reach {chance:.2f}): {remedy}")]
-    if facts['astray'] > 3 and facts['misplaced'] > .25:
+    if facts['astray'] > 5 and facts['misplaced'] > .25:
         return [Finding('error', f"{name}: about {100*facts['misplaced']:.0f} % of its rows are not the samples of the table in their order ({said} {r:.2f}): {remedy}")]
-    if facts['astray'] > 3 and facts['misplaced'] > (.2 if facts['compared_with'] == 'Bray-Curtis' else .1):
+    if facts['astray'] > 3 and facts['misplaced'] > (.2 if by_abundance else .1):
         return [Finding('warning', f"{name}: about {100*facts['misplaced']:.0f} % of its rows do not follow the ASVs of their samples; part of them may be in another order: {remedy}")]
     return metric_findings(name, facts['correlations'], metric) or ([Finding('warning', f'{name}: follows the ASVs of the samples weakly ({said} {r:.2f}); is it UniFrac of this table?')] if r < .3 else [])
 
@@ -257,7 +259,7 @@ def metric_findings(name:str, correlations:dict, metric:str=None) -> list[Findin
     (presence, by_presence), (abundance, by_abundance) = correlations.items()
     shown = f'rank correlation with {presence} {by_presence:.2f}, with {abundance} {by_abundance:.2f}'
     if metric == 'unweighted' and by_abundance > by_presence + .1: return [Finding('warning', f'{name}: follows abundances ({shown}); if it is weighted UniFrac, say --unifrac-metric weighted')]
-    if metric == 'weighted' and by_presence > by_abundance + .1: return [Finding('warning', f'{name}: follows presence, not abundances ({shown}); if it is unweighted UniFrac, say --unifrac-metric unweighted')]
+    if metric in ('weighted', 'weighted_unnormalized') and by_presence > by_abundance + .1: return [Finding('warning', f'{name}: follows presence, not abundances ({shown}); if it is unweighted UniFrac, say --unifrac-metric unweighted')]
     return []
 
 # %% ../nbs/17_diagnosis.ipynb #d97b8ab0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['union_heads', 'unifrac_heads', 'short', 'one_hot', 'BaseEmbedding', 'NucleotideEncoder', 'AsvEncoder', 'Encoded',
-           'scatter_rows', 'Encoder', 'UnionHead', 'ShareHead', 'EuclidHead', 'union_head', 'NucleotideHead']
+           'scatter_rows', 'Encoder', 'UnionHead', 'ShareHead', 'MovedHead', 'GeneralizedHead', 'EuclidHead',
+           'union_head', 'NucleotideHead']
 
 # %% ../nbs/11_encoder.ipynb #27cd9dba
 import math
@@ -190,7 +191,7 @@ class UnionHead(nn.Module):
             return 1 - shared / ((a@w)[:, None] + (b@w)[None] - shared + 1e-6)
 
     @torch.no_grad()
-    def calibrate(self, encoded:Encoded, rows:slice=slice(None), target:float=0.7):
+    def calibrate(self, encoded:Encoded, rows:slice=slice(None), truth:Tensor=None, target:float=0.7):
         "Shifts the memberships until a median row's sum is `target`."
         h = self.memberships(encoded.asv).float()
         presence = encoded.presence_weights[rows].float()
@@ -224,7 +225,42 @@ class ShareHead(nn.Module):
             a, b = a * F.softplus(self.length), b * F.softplus(self.length)
             return torch.cdist(a, b, p=1) / (a.sum(1)[:, None] + b.sum(1)[None] + 1e-6)
 
-    def calibrate(self, encoded:Encoded, rows:slice=slice(None)): "Needs none: shares do not saturate."
+    def calibrate(self, encoded:Encoded, rows:slice=slice(None), truth:Tensor=None): "Needs none: shares do not saturate."
+
+# %% ../nbs/11_encoder.ipynb #5d0c81b1
+class MovedHead(ShareHead):
+    "Distances as in weighted UniFrac that is not normalised, over soft branches."
+    def __init__(self, options:EncoderOptions, asv_width:int):
+        super().__init__(options, asv_width)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def distance(self, a:Tensor, b:Tensor) -> Tensor: # (R, K), (Q, K) -> (R, Q)
+        "Distances between samples on branches, in units of branch length."
+        with torch.autocast(a.device.type, enabled=False):
+            w = F.softplus(self.length)
+            return self.scale.exp() * torch.cdist(a*w, b*w, p=1) / w.sum()
+
+    @torch.no_grad()
+    def calibrate(self, encoded:Encoded, rows:slice=slice(None), truth:Tensor=None): # true distances, (R, R), NaN where a pair does not count
+        "Starts at the mean of the true distances, whatever their unit."
+        b = self.embed(encoded, rows)
+        ratio = (truth / self.distance(b, b)).log()
+        self.scale += torch.nan_to_num(ratio[ratio.isfinite()].mean())
+
+class GeneralizedHead(ShareHead):
+    "Distances as in generalized UniFrac, over soft branches."
+    def __init__(self, options:EncoderOptions, asv_width:int):
+        super().__init__(options, asv_width)
+        self.alpha = options.unifrac_alpha
+
+    def distance(self, a:Tensor, b:Tensor) -> Tensor: # (R, K), (Q, K) -> (R, Q)
+        "Distances between samples on branches."
+        with torch.autocast(a.device.type, enabled=False):
+            w = F.softplus(self.length)
+            def to(row): # (K,) -> (Q,); row by row, as all pairs on all branches at once take much memory
+                both = row + b + 1e-6
+                return ((row - b).abs() * both**(self.alpha - 1) @ w) / (both**self.alpha @ w)
+            return torch.stack([to(row) for row in a])
 
 # %% ../nbs/11_encoder.ipynb #fa9e21d3
 class EuclidHead(nn.Module):
@@ -243,9 +279,9 @@ class EuclidHead(nn.Module):
         squares = a.square().mean(-1)[:, None] + b.square().mean(-1)[None] - 2*(a @ b.T)/a.shape[1]
         return torch.tanh(F.softplus(self.scale) * (squares.clamp_min(0) + 1e-8).sqrt())
 
-    def calibrate(self, encoded:Encoded, rows:slice=slice(None)): "Needs none."
+    def calibrate(self, encoded:Encoded, rows:slice=slice(None), truth:Tensor=None): "Needs none."
 
-union_heads = dict(unweighted=UnionHead, weighted=ShareHead)
+union_heads = dict(unweighted=UnionHead, weighted=ShareHead, weighted_unnormalized=MovedHead, generalized=GeneralizedHead)
 assert tuple(union_heads) == unifrac_metric_names
 
 def union_head(options:EncoderOptions, asv_width:int):

@@ -269,6 +269,6 @@ def prime(model:Model, batch, loaded=()):
     for _ in range(2): # sums of standardised vectors can only be noted once the vectors are standardised
         model(batch)
         for m in fresh: m.restart()
-    if 'unifrac' in batch.views and 'unifrac' not in loaded: model.heads['unifrac'].calibrate(model.encode(batch), batch.rows('unifrac'))
+    if 'unifrac' in batch.views and 'unifrac' not in loaded: model.heads['unifrac'].calibrate(model.encode(batch), batch.rows('unifrac'), batch.unifrac)
     for m in statistics: m.pending.zero_() # the first step is to count its own batch alone
     model.train(training)

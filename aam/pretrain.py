@@ -26,7 +26,7 @@ def read_samples(session, metadata:Path=None) -> tuple: # inputs, split, `Sample
     o = session.options
     inputs = read_inputs(o['input'], metadata)
     parts = session.split(inputs)
-    data = sample_data(inputs, o['input'], o['encoder'], o['run'].seed, unifrac_metric=o['encoder'].unifrac_metric, nuc_mask_ratio=o['loss'].nuc_mask_ratio, nuc_mask_strategy=o['loss'].nuc_mask_strategy)
+    data = sample_data(inputs, o['input'], o['encoder'], o['run'].seed, unifrac_metric=o['encoder'].unifrac_metric, unifrac_alpha=o['encoder'].unifrac_alpha, nuc_mask_ratio=o['loss'].nuc_mask_ratio, nuc_mask_strategy=o['loss'].nuc_mask_strategy)
     data.set_prevalence(parts.fit)
     return inputs, parts, data, *([data.position[s] for s in ids] for ids in (parts.fit, parts.stop))
 

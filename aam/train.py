@@ -143,7 +143,7 @@ def read_task(session, weights:dict) -> Task:
     check_categories(o['categories'], target, inputs)
     goal, actual = read_target(target, inputs)
     parts = session.split(inputs, [goal.classes[a] for a in actual] if goal.classes else None)
-    data = sample_data(inputs, o['input'], encoder, o['run'].seed, unifrac_metric=encoder.unifrac_metric, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy)
+    data = sample_data(inputs, o['input'], encoder, o['run'].seed, unifrac_metric=encoder.unifrac_metric, unifrac_alpha=encoder.unifrac_alpha, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy)
     fit, stop = ([data.position[s] for s in ids] for ids in (parts.fit, parts.stop))
     check_parts(goal, actual, fit, stop)
     return Task(inputs, parts, goal, actual, data, weights, fit, stop)

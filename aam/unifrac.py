@@ -387,22 +387,25 @@ def generalized_unifrac(
     return found
 
 # %% ../nbs/03_unifrac.ipynb #a1fa59e6
-unifrac_metrics = dict(unweighted=(branch_presence, unweighted_unifrac), weighted=(branch_proportions, weighted_unifrac))
+unifrac_metrics = dict(unweighted=(branch_presence, unweighted_unifrac), weighted=(branch_proportions, weighted_unifrac),
+                       weighted_unnormalized=(branch_proportions, weighted_unnormalized_unifrac), generalized=(branch_proportions, generalized_unifrac))
 assert tuple(unifrac_metrics) == unifrac_metric_names
 
 def unifrac_distances(
     counts:sparse.csr_matrix, # reads, (N, A)
     branches:Branches, # of the A ASVs
     metric:str='unweighted', # key of `unifrac_metrics`
+    alpha:float=1., # of generalized UniFrac
 ) -> np.ndarray: # float32, (N, N)
     "UniFrac between the samples in `counts`."
     on_branches, distances = unifrac_metrics[metric]
-    return distances(on_branches(counts, branches), branches.lengths)
+    return distances(on_branches(counts, branches), branches.lengths, *([alpha] if metric == 'generalized' else []))
 
 # %% ../nbs/03_unifrac.ipynb #a9a1c64f
 def _between(a, b, lengths, metric):
     "Distances between two blocks of samples, from what the metric needs of their branches."
     if metric == 'weighted': return _moved(a, b, lengths)
+    if metric != 'unweighted': raise ValueError(f'{metric}: not computed by block here, but in aam.blocks')
     return _unshared((a * lengths) @ b.T, faith_pd(a, lengths), faith_pd(b, lengths))
 
 def tree_distances(

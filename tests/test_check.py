@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from aam.cli import main
-from aam.diagnosis import primers, reverse_complement
+from aam.diagnosis import iupac_pattern, locate_sequence, matrix_facts, matrix_findings, primers, reverse_complement, technical_columns
 from aam.table import make_table, read_table, write_table
-from aam.unifrac import Distances, read_distances, write_distances
+from aam.unifrac import Distances, read_distances, read_tree, unifrac_distances, write_distances
 
 mouse = Path(__file__).parents[2]/'shared/data/mouse_age'
 tiny = '--embedding-dim', '16', '--attention-layers', '1', '--kmer-dim', '8'
@@ -46,6 +46,9 @@ def v4(survey, tmp_path_factory):
     part = np.arange(n)
     part[:16] = np.random.default_rng(2).permutation(16)
     save('partly.npy', part)
+    save('halves.npy', np.r_[n//2:n, :n//2])
+    shuffled = np.random.default_rng(3).permutation(n) # the order of shuffled.tsv
+    save('as_metadata.npy', shuffled)
     order = np.random.default_rng(1).permutation(n)
     write_distances(Distances(ids, matrix[np.ix_(order, order)]), folder/'permuted.h5')
 
@@ -59,12 +62,20 @@ def v4(survey, tmp_path_factory):
     frame['of_subject'] = frame.groupby('subject_id').ngroup().astype(str)
     frame['of_some'] = [v if int(v) < 6 else str(100 + i) for i, v in enumerate(frame.of_subject)]
     frame['rare'] = ['odd'] * 4 + ['even'] * (len(frame) - 4)
+    frame['negative'] = '-1'
+    frame.loc[sorted(frame.index)[3:], 'negative'] = [str(i) for i in range(len(frame) - 3)]
+    frame['empty'] = ''
+    order = sorted(frame.index)
+    frame['late'] = ['' if s in order[:30] else '5' + s[-1] for s in frame.index]
+    frame['halved'] = ['early' if s in order[:30] else 'late' for s in frame.index]
     frame['own_group'] = ['a' if h == 'forest' else 'b' for h in frame.habitat]
     frame.to_csv(folder/'metadata.tsv', sep='\t')
     frame[5:].to_csv(folder/'fewer.tsv', sep='\t')
+    frame.loc[[ids[i] for i in shuffled]].to_csv(folder/'shuffled.tsv', sep='\t')
     first = sorted(frame.index)
     (folder/'fit.txt').write_text('\n'.join(first[:30]))
     (folder/'val.txt').write_text('\n'.join(first[30:]))
+    (folder/'two.txt').write_text('\n'.join([s for s, n in zip(ids, table.reads) if n >= 4500][:2]))
     return folder
 
 
@@ -125,7 +136,7 @@ def test_limits(check):
     assert code == 0 and found['sequences']['token_limit']['samples_over'] == 48 and 0 < found['sequences']['token_limit']['reads_lost'] < .8
 
 
-def test_matrix(check, v4):
+def test_matrix(check, v4, survey):
     no_ids = ('warning: {0}.npy: .npy has no sample IDs, its rows are taken to be the samples of the table in their order; {0}.ids.txt beside it would name them').format
     assert check('--unifrac-matrix', v4/'honest.npy', meta=None) == (0, [no_ids('honest')])
     code, (warned, line) = check('--unifrac-matrix', v4/'permuted.npy', meta=None)
@@ -136,7 +147,16 @@ def test_matrix(check, v4):
     assert code == 1 and re.fullmatch(r'error: sorted\.npy: its rows are not in the order of the table; they fit sorted by ID \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): '
                                       r'write the IDs of its rows to sorted\.ids\.txt, one a line', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'partly.npy', meta=None)
-    assert code == 0 and re.fullmatch(r'warning: partly\.npy: the distances of \d+ % of the samples do not follow their ASVs; part of the rows may be in another order: write the IDs of its rows to partly\.ids\.txt, one a line', line), line
+    assert code == 0 and re.fullmatch(r'warning: partly\.npy: about \d+ % of its rows do not follow the ASVs of their samples; part of them may be in another order: write the IDs of its rows to partly\.ids\.txt, one a line', line), line
+    code, (_, line) = check('--unifrac-matrix', v4/'halves.npy', meta=None)
+    assert code == 1 and re.fullmatch(r'error: halves\.npy: (about \d+ % of )?its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.\d\d.*\): write the IDs of its rows to halves\.ids\.txt, one a line', line), line
+    code, lines = check('--unifrac-matrix', v4/'as_metadata.npy', meta='shuffled.tsv')
+    line, = [line for line in lines if line.startswith('error')]
+    assert code == 1 and re.fullmatch(r'error: as_metadata\.npy: its rows are not in the order of the table; they fit the order of the metadata \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): write the IDs of its rows to as_metadata\.ids\.txt, one a line', line), line
+    code, lines = check('--unifrac-matrix', survey/'unifrac.h5', '--tree', survey/'tree.nwk', '--unifrac-metric', 'weighted', table=survey/'table.biom', meta=None)
+    line, = [line for line in lines if line.startswith('warning')]
+    assert code == 0 and re.fullmatch(r'warning: unifrac\.h5: follows presence, not abundances \(rank correlation with unweighted UniFrac from the tree 0\.\d\d, with weighted UniFrac from the tree 0\.\d\d\); '
+                                      r'if it is unweighted UniFrac, say --unifrac-metric unweighted', line), line
     code, (line,) = check('--unifrac-matrix', v4/'permuted.h5', meta=None)
     assert code == 1 and line.startswith('error: permuted.h5: its rows are not the samples of the table in their order') and line.endswith('compute it again from this table')
 
@@ -164,12 +184,14 @@ def test_groups(check, v4):
     assert 'note: 6 of 12 groups of subject_id with several samples have a single value of of_some' in check('--metadata-column', 'of_some', *grouped, *quiet)[1]
     assert ("note: column 'subject_id' names 12 subjects for 48 samples; without --group-column subject_id a score may be one on subjects seen in training"
             in check('--metadata-column', 'of_some', *quiet)[1])
+    assert check('--metadata-column', 'soil_ph', '--train-samples', v4/'fit.txt', '--val-samples', v4/'val.txt', *quiet)[1][1:] == [
+        "warning: column 'subject_id': 1 of 12 subjects have samples in the list to fit on and in another; scores there are not scores of new subjects"]
     code, lines = check('--metadata-column', 'habitat', '--classifier', '--group-column', 'own_group', *quiet)
     assert code == 1 and [line for line in lines if line.startswith('error')] == [
         "error: all samples of class 'forest' are in one group (a); --group-column needs classes in at least two groups: leave the class out or group by another column"]
 
 
-def test_target(check):
+def test_target(check, v4):
     none = *grouped, '--technical-columns', 'robot'
     code, lines = check('--metadata-column', 'habitat', *none)
     assert code == 1 and any(re.fullmatch(r"error: column 'habitat' has the value '\w+' \(sample \S+\), which is not a number; correct it, leave it empty, or predict classes with --classifier", line) for line in lines)
@@ -178,6 +200,19 @@ def test_target(check):
     code, lines = check('--metadata-column', 'same', '--classifier', *none)
     assert code == 1 and "error: column 'same' has only the value '7'; a classifier needs at least two classes" in lines
     assert "note: column 'three' has only 3 different values; if these are classes, add --classifier" in check('--metadata-column', 'three', *none)[1]
+    code, lines = check('--metadata-column', 'negative', '--target-transform', 'log-minmax', *none)
+    assert code == 1 and [line for line in lines if line.startswith('error')] == [
+        "error: --target-transform log-minmax: negative values in column 'negative' (site01.visit1: -1, site01.visit2: -1, site01.visit3: -1); correct them or choose minmax or zscore"]
+    code, lines = check('--metadata-column', 'soil_ph', '--categorical-columns', 'empty', *none)
+    assert code == 1 and 'error: --categorical-columns empty: no sample to fit on has a value; leave it out' in lines
+    code, lines = check('--metadata-column', 'soil_ph', '--categorical-columns', 'lane', *none)
+    assert code == 0 and any(re.fullmatch(r'warning: lane has (\d+) values in \1 samples to fit on: hardly a category', line) for line in lines)
+    code, lines = check('--metadata-column', 'soil_ph,late', '--train-samples', v4/'fit.txt', '--val-samples', v4/'val.txt', *none)
+    assert code == 1 and "error: none of the 29 samples to fit on has a value of 'late'; change the lists of samples, or predict this column by itself" in lines
+    code, lines = check('--metadata-column', 'halved', '--classifier', '--train-samples', v4/'fit.txt', '--val-samples', v4/'val.txt', *none)
+    assert code == 1 and "error: the samples to fit on are all of class 'early'; a classifier needs at least two classes there: change --train-samples, or the seed of the split" in lines
+    code, lines = check('--rarefy-depth', 4500, '--unifrac-matrix', v4/'honest.npy', '--train-samples', v4/'two.txt', *grouped)
+    assert code == 1 and 'error: fewer than three samples to fit on reach the rarefaction depth of 4500 reads, too few for UniFrac: lower --rarefy-depth' in lines
     code, lines = check('--metadata-column', 'rare', '--classifier', *none)
     assert code == 0 and "warning: column 'rare': classes with fewer than 10 samples (odd 4); their scores rest on chance" in lines
 
@@ -186,9 +221,9 @@ def test_losses_and_depth(check):
     code, found = check('--metadata-column', 'soil_ph', '--rarefy-depth', 3000, meta='fewer.tsv', json_wanted=True)
     first, *rest = found['losses']
     assert code == 0 and (first['samples'], first['asvs']) == (48, 53)
-    assert rest[0]['step'].startswith('not in ') and rest[0]['samples'] == 43 and rest[-1]['step'] == 'fewer reads than --rarefy-depth 3000'
+    assert rest[0]['step'].startswith('not in ') and rest[0]['samples'] == 43 and [row['step'] for row in rest[1:]] == ['fewer reads than --rarefy-depth 3000', 'no value of soil_ph'] # as train drops them
     chosen = next(row for row in found['depth']['depths'] if row['chosen'])
-    assert chosen['depth'] == 3000 and chosen['samples'] == rest[-1]['samples']
+    assert chosen['depth'] == 3000 and chosen['samples'] == rest[1]['samples']
     assert found['cost']['seconds_per_epoch'] > 0 and found['cost']['memory_gb'] > 0
 
 
@@ -197,7 +232,7 @@ def test_depth_that_costs_one_class():
     from aam.check import Report, check_depth
     table = make_table(np.array([[9], [9], [99], [99], [99], [9]]), list('abcdef'), ['ACGT'])
     report = Report()
-    check_depth(report, SimpleNamespace(table=table, depth=50), SimpleNamespace(classes=['gut', 'skin']), np.array([0, 0, 0, 1, 1, 0]), asked=50)
+    check_depth(report, SimpleNamespace(table=table, depth=50), pd.Series(['gut', 'gut', 'gut', 'skin', 'skin', 'gut']), asked=50)
     assert [str(f) for f in report.findings] == ['warning: --rarefy-depth 50 keeps classes unequally (25 % of gut, 100 % of skin); a lower depth, or none, loses less']
 
 
@@ -211,6 +246,14 @@ def test_depth_that_costs_one_class():
     (['--metadata-column', 'soil_pH'], {}, "aam: the metadata has no column 'soil_pH'; its columns are soil_ph, "),
     (['--technical-columns', 'robo'], {}, "aam: the metadata has no column 'robo'; its columns are robot, "),
     (['--tree', 'HERE/none.nwk'], {}, 'aam: --tree HERE/none.nwk: no such file'),
+    (['--categorical-columns', 'habitat'], {}, 'aam: --categorical-columns habitat: needs --metadata-column'),
+    (['--target-transform', 'zscore'], {}, 'aam: --target-transform zscore: needs --metadata-column'),
+    (['--metadata-column', 'soil_ph', '--normalize-by', 'habitat'], {}, 'aam: --target-transform zscore-category and --normalize-by COLUMN go together: give both or neither'),
+    (['--metadata-column', 'habitat', '--classifier', '--target-transform', 'zscore'], {}, 'aam: --target-transform zscore: is for regression; leave it out or drop --classifier'),
+    (['--metadata-column', 'habitat,season', '--classifier'], {}, 'aam: --classifier predicts one column: give one with --metadata-column'),
+    (['--metadata-column', 'soil_ph', '--categorical-columns', 'soil_ph'], {}, 'aam: --categorical-columns soil_ph: is the target; leave it out'),
+    (['--pretrained-encoder', 'HERE/fit.txt'], {}, 'aam: HERE/fit.txt: not a checkpoint of aam'),
+    (['--rarefy-depth', '1000000'], {}, 'aam: all 48 samples would be dropped: fewer reads than --rarefy-depth 1000000 ('),
 ])
 def test_unreadable(check, v4, words, how, expected):
     code, line = check(*[w.replace('HERE', str(v4)) for w in words], **how)
@@ -244,3 +287,114 @@ def test_mouse_age(aam, tmp_path):
     assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.0\d; rows shuffled at random reach 0\.0\d\): '
                         r'write the IDs of its rows to permuted\.ids\.txt, one a line', line)
     assert bad.out.rstrip().splitlines()[-1].startswith('training would fail or mislead: 1 error, ')
+
+
+data = mouse.parent
+sets = {'mouse_age': ('age_weeks', 'host_id'), 'mackerel_body_site': ('body_site', 'host_id', '--classifier'), 'moving_pictures': ('body_habitat', 'subject', '--classifier')}
+
+
+@pytest.mark.skipif(not mouse.exists(), reason='the data sets are not here')
+@pytest.mark.parametrize('name', sets)
+def test_real_sets(capsys, name):
+    "Honest files pass, and what is said of them can be read by a machine."
+    column, group, *more = sets[name]
+    files = {f: data/name/f for f in ('table.biom', 'unifrac.h5', 'metadata.tsv')}
+    words = ['check', '--table', files['table.biom'], '--unifrac-matrix', files['unifrac.h5'], '--metadata', files['metadata.tsv'], '--metadata-column', column, '--group-column', group, *more, *tiny, '--json']
+    assert main([str(w) for w in words]) == 0
+    refuse = lambda word: pytest.fail(f'{word} is not JSON')
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert not [f for f in found['findings'] if f['level'] == 'error'] and found['sequences']['regions']['V4'] > .99 and found['sequences']['primers'] == {}
+    assert found['matrix']['correlation'] > .7 and found['matrix']['misplaced'] < .05
+
+
+def rows_of(name):
+    table = read_table(data/name/'table.biom')
+    return table, read_distances(data/name/'unifrac.h5').align(table.sample_ids)
+
+
+def levels_of(table, matrix, **more):
+    return [f.level for f in matrix_findings(matrix_facts(table, Distances(table.sample_ids, matrix), permutations=199, **more), 'd.npy')]
+
+
+@pytest.mark.skipif(not mouse.exists(), reason='the data sets are not here')
+@pytest.mark.parametrize('name', sets)
+def test_orders_of_real_rows(name):
+    "Rows in their order raise nothing; shuffled, reversed, shifted, or with blocks exchanged they are errors."
+    table, matrix = rows_of(name)
+    n = len(table)
+    assert levels_of(table, matrix) == []
+    orders = {f'shuffled {seed}': np.random.default_rng(seed).permutation(n) for seed in range(3)}
+    orders |= dict(reversed=np.arange(n)[::-1], one_down=np.roll(np.arange(n), 1), one_up=np.roll(np.arange(n), -1), halves=np.r_[n//2:n, :n//2],
+                   quarters=np.r_[n//2:3*(n//4), n//4:n//2, :n//4, 3*(n//4):n])
+    by_id = np.argsort(table.sample_ids)
+    if (by_id != np.arange(n)).any(): orders['sorted'] = by_id # on mouse_age, most rows stay where they were
+    for what, order in orders.items():
+        assert sorted(order) == list(range(n))
+        assert levels_of(table, matrix[np.ix_(order, order)]) == ['error'], what
+
+
+@pytest.mark.skipif(not mouse.exists(), reason='the data sets are not here')
+@pytest.mark.parametrize('name', sets)
+def test_other_honest_matrices(name):
+    "Weighted distances, and unweighted ones of the whole reads; with the tree the metric is told as well."
+    table, _ = rows_of(name)
+    table = table.select(table.sample_ids[:200])
+    branches = read_tree(data/name/'tree.nwk', table.sequences)
+    order = np.random.default_rng(0).permutation(len(table))
+    for metric in 'unweighted', 'weighted':
+        matrix = unifrac_distances(table.counts, branches, metric)
+        for tree in None, branches:
+            assert levels_of(table, matrix, branches=tree) == []
+            assert levels_of(table, matrix[np.ix_(order, order)], branches=tree) == ['error']
+        facts = matrix_facts(table, Distances(table.sample_ids, matrix), branches, permutations=199)
+        said = {m: [f.text for f in matrix_findings(facts, 'd.h5', m)] for m in ('unweighted', 'weighted')}
+        assert said.pop(metric) == [] and all(f'say --unifrac-metric {metric}' in text for texts in said.values() for text in texts) and all(said.values())
+
+
+@pytest.mark.skipif(not mouse.exists(), reason='the data sets are not here')
+@pytest.mark.parametrize('name', sets)
+def test_few_samples(name):
+    "Twelve samples: never an error for rows in their order, never silence for shuffled ones."
+    table, matrix = rows_of(name)
+    shuffled = []
+    for seed in range(12):
+        rows, order = np.random.default_rng(seed).choice(len(table), 12, replace=False), np.random.default_rng(seed).permutation(12)
+        few, distances = table.select([table.sample_ids[i] for i in rows]), matrix[np.ix_(rows, rows)]
+        assert 'error' not in levels_of(few, distances), seed
+        shuffled += levels_of(few, distances[np.ix_(order, order)])
+    assert len(shuffled) == 12 and shuffled.count('error') >= 6
+
+
+@pytest.mark.parametrize('name,forward', [('515F', True), ('341F', True), ('27F', True), ('806R', False)])
+def test_primers_in_reads(name, forward):
+    "Any bases that a primer stands for, behind what sequencing adds, either way round; not one mismatch, not far inside a read."
+    rng = np.random.default_rng(0)
+    bases = {letter: [b for b in 'ACGT' if iupac_pattern(letter).fullmatch(b)] for letter in 'ACGTRYSWKMBDHVN'}
+    for _ in range(20):
+        primer = ''.join(rng.choice(bases[letter]) for letter in primers[name])
+        before, after = (''.join(rng.choice(list('ACGT'), n)) for n in (rng.integers(0, 9), 80))
+        read = before + primer + after
+        assert name in locate_sequence(read)[2] and name in locate_sequence(reverse_complement(read))[2]
+        assert locate_sequence(read)[1] is not forward
+        unsure = before + primer[:4] + 'N' + primer[5:] + after
+        assert name in locate_sequence(unsure)[2]
+        assert name not in locate_sequence(after + primer + after)[2]
+        at = list(primers[name]).index('C') # no degenerate base
+        assert name not in locate_sequence(before + primer[:at] + 'G' + primer[at+1:] + after)[2]
+
+
+def test_pretrained_encoder(check, pretrained, survey):
+    "As train: another width is refused, and it is said which samples the encoder knows."
+    encoder, column = pretrained/'checkpoints/best_model.pt', ('--metadata-column', 'soil_ph')
+    code, line = check('--pretrained-encoder', encoder, *column, '--kmer-dim', 8, table=survey/'table.biom', meta=survey/'metadata.tsv')
+    assert code == 2 and line.startswith('aam: --kmer-dim 8: the pretrained encoder has 16')
+    main(words := [str(w) for w in ('check', '--table', survey/'table.biom', '--metadata', survey/'metadata.tsv', *column, '--pretrained-encoder', encoder, '--seed', 7)])
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize('name', ['run', 'Run', 'RunID', 'run_id', 'seq_run', 'seqrun', 'run prefix', 'run2', 'plate', 'extraction_plate', 'PlateNumber', 'batch', 'batchid', 'Batch.No', 'lane', 'center_name', 'Sequencing Centre', 'prep', 'prep_date', 'library_name'])
+def test_names_of_technical_columns(name): assert technical_columns([name]) == [name]
+
+
+@pytest.mark.parametrize('name', ['age', 'prune', 'planet', 'template', 'airplane', 'prepared_meal', 'concentration', 'grunts', 'carbatch2'])
+def test_names_of_other_columns(name): assert technical_columns([name]) == []

@@ -102,6 +102,7 @@ profiles = {
     'c': f'{base} --num-workers 1 --unifrac-metric weighted --token-limit 7 --rarefy-depth 2000 --auto-batch-size --tf32',
     'd': f'{base} --rarefy-seed 7 --no-gradient-checkpointing',
     'e': f'{base} --seed 7',
+    'f': f'{base} --unifrac-metric generalized --unifrac-alpha 0.25',
     'preset': '--preset small --embedding-dim 8 --attention-heads 2 --kmer-dim 4 --max-bp 16 --epochs 1 --device cpu',
 }
 files = {'pretrain': '--table SURVEY/table.biom --metadata SURVEY/metadata.tsv --tree SURVEY/tree.nwk',
@@ -248,6 +249,7 @@ effects = { # option: (profiles to be compared) -> whether it has its effect
     'standardise': lambda run, place: not run('a').files.named('asvs.standardise') and run('base').files.named('asvs.standardise'),
     'local-view': lambda run, place: [run(p).model.encoder.asvs.nucleotides.bases.around is None for p in ('a', 'base')] == [True, False],
     'unifrac-head': lambda run, place: [type(run(p).model.heads['unifrac']).__name__ for p in ('b', 'base')] == ['EuclidHead', 'UnionHead'],
+    'unifrac-alpha': lambda run, place: [run(p).model.heads['unifrac'].alpha for p in ('f',)] == [.25] and run('f').best['encoder']['unifrac_alpha'] == .25,
     'unifrac-metric': lambda run, place: type(run('c').model.heads['unifrac']).__name__ == 'ShareHead' and run('c').best['encoder']['unifrac_metric'] == 'weighted',
     'clean-unifrac': lambda run, place: about([dropped(run(p), 'asvs') for p in ('b', 'base')], [.1, 0.]),
     'batch-size': lambda run, place: [max(sizes(run(p))) for p in ('a', 'base')] == [5, 8],

@@ -160,7 +160,7 @@ def test_damaged_archives(tmp_path, reader):
     refused(lambda: read(path), 'not an artifact of QIIME 2')
 
 
-@pytest.mark.parametrize('name', ['../evil', f'{uuid}/data/../../../evil', '/ABSOLUTE/evil', '..\\evil'])
+@pytest.mark.parametrize('name', ['../evil', f'{uuid}/data/../../../evil', '/ABSOLUTE/evil', '..\\evil', f'{uuid}\\..\\..\\evil', 'C:\\evil', 'c:/evil', '\\\\server\\evil'])
 @pytest.mark.parametrize('reader', readers)
 def test_no_path_escapes(tmp_path, monkeypatch, reader, name):
     read, kind = readers[reader]
@@ -172,6 +172,24 @@ def test_no_path_escapes(tmp_path, monkeypatch, reader, name):
     path = write_artifact(tmp_path/'x.qza', kind, b'x', more={name: 'evil'})
     refused(lambda: read(path), 'leads out of it')
     assert sorted(p.name for p in tmp_path.rglob('*')) == ['scratch', 'x.qza']
+
+
+@pytest.mark.parametrize('reader', readers)
+def test_links_are_refused(tmp_path, reader):
+    "A member that is a symbolic link is neither followed nor read, be it the data or another."
+    read, kind = readers[reader]
+    (tmp_path/'secret').write_text('secret')
+    for name in f'{uuid}/data/{members[kind]}', f'{uuid}/data/other':
+        path = write_artifact(tmp_path/'x.qza', kind, b'x', None if name.endswith('other') else 'unused')
+        with zipfile.ZipFile(path, 'a') as archive:
+            link = zipfile.ZipInfo(name)
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, str(tmp_path/'secret'))
+        refused(lambda path=path: read(path), 'symbolic link', name, 'do not trust it')
+
+
+def test_capital_ending(tmp_path, survey, table):
+    assert same_table(read_table(write_artifact(tmp_path/'TABLE.QZA', 'FeatureTable[Frequency]', (survey/'table.biom').read_bytes())), table)
 
 
 def test_nothing_stays_behind(tmp_path, monkeypatch, qiime, table):
@@ -225,6 +243,35 @@ def test_wrong_fasta(tmp_path, text, message):
     for content in b'\xff\xfe\x00', b'\x1f\x8b\x08 cut':
         (tmp_path/'s.fasta').write_bytes(content)
         refused(lambda: read_sequences(tmp_path/'s.fasta'), 'not readable as FASTA')
+
+
+def sha1(sequence): return hashlib.sha1(sequence.encode()).hexdigest()
+
+
+named = { # how a table and a tree call a feature; the header of its record
+    'md5': (md5, md5), 'md5 in capitals, in the table': (lambda s: md5(s).upper(), md5), 'md5 in capitals, in the FASTA': (md5, lambda s: md5(s).upper()),
+    'sha1': (sha1, sha1), 'sha256': (lambda s: hashlib.sha256(s.encode()).hexdigest().upper(), lambda s: hashlib.sha256(s.encode()).hexdigest()),
+    'taxon behind': (md5, lambda s: f'{md5(s)} d__Bacteria; p__Firmicutes; size=3'), 'size, as vsearch writes it': (md5, lambda s: f'{md5(s)};size=12;'),
+    'size and taxon': (md5, lambda s: f'{md5(s)};size=12;tax=d:Bacteria,p:Firmicutes;'), 'size on both sides': (lambda s: f'{md5(s)};size=3', lambda s: f'{md5(s)};size=3'),
+    'number': (lambda s: f'ASV_{int(md5(s)[:6], 16)}', lambda s: f'ASV_{int(md5(s)[:6], 16)}'),
+}
+
+@pytest.mark.parametrize('of_table,of_record', named.values(), ids=named.keys())
+def test_names_of_features(tmp_path, survey, table, of_table, of_record):
+    "Table, tree and FASTA, Windows line ends too, meet whatever they call a sequence."
+    order = np.argsort(table.file_order)
+    sequences = [table.sequences[i] for i in order]
+    path = write_biom(tmp_path/'t.biom', table.counts[:, order].toarray(), table.sample_ids, [of_table(s) for s in sequences])
+    (tmp_path/'t.nwk').write_text(re.sub('[ACGT]{10,}', lambda m: f"'{of_table(m[0])}'", (survey/'tree.nwk').read_text()))
+    (tmp_path/'s.fasta').write_text(''.join(f'>{of_record(s)}\r\n{s[:40]}\r\n{s[40:]}\r\n' for s in sequences), newline='')
+    sequence_of = read_sequences(tmp_path/'s.fasta')
+    assert same_table(read_table(path, sequence_of), table)
+    assert same_branches(read_tree(tmp_path/'t.nwk', table.sequences, sequence_of), read_tree(survey/'tree.nwk', table.sequences))
+
+
+def test_sizes_do_not_hide_two_sequences(tmp_path):
+    (tmp_path/'s.fasta').write_text('>f1;size=3;\nACGT\n>f1;size=5;\nACGA\n')
+    refused(lambda: read_sequences(tmp_path/'s.fasta'), 'f1 has two sequences')
 
 
 def test_ids_without_a_sequence(tmp_path):
@@ -356,3 +403,21 @@ def test_mistakes_as_users_see_them(aam, survey, qiime, trained, tmp_path):
     found = last_line(aam('predict', '--model', trained/'checkpoints/best_model.pt', '--table', qiime/'table.qza', '--sequences', tmp_path/'none.fasta', '--output', tmp_path/'p.tsv', fails=True))
     assert found == f"aam: --sequences {tmp_path/'none.fasta'}: no such file; give FASTA or .qza"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_command_takes_every_kind(aam, survey, qiime, table, tmp_path):
+    "Several tables, one of them gzipped JSON and one an artifact, with checksums for names: check, pretrain, train, predict and rf-baseline read them alike."
+    ids, sequences = table.sample_ids, table.sequences
+    text = biom.Table(table.select(ids[:20]).counts.T.astype(float).toarray(), [md5(s).upper() for s in sequences], ids[:20]).to_json('test')
+    (tmp_path/'a.biom').write_bytes(gzip.compress(text.encode()))
+    rest = write_biom(tmp_path/'rest.biom', table.select(ids[20:]).counts.toarray(), ids[20:], [md5(s) for s in sequences])
+    write_artifact(tmp_path/'b.qza', 'FeatureTable[Frequency]', rest.read_bytes())
+    files = ['--table', f"{tmp_path/'a.biom'},{tmp_path/'b.qza'}", '--sequences', qiime/'seqs.fasta']
+    distances, target = ['--unifrac-matrix', qiime/'unifrac.qza'], ['--metadata', survey/'metadata.tsv', '--metadata-column', 'soil_ph']
+    checked = aam('check', *files, *distances, *target, '--device', 'cpu').out
+    assert re.search(r'\n  in 2 tables +48 +60\n', checked), checked
+    aam('pretrain', *files, *distances, '--output-dir', tmp_path/'pre', *aam.tiny, '--epochs', 1)
+    aam('train', *files, *distances, *target, '--output-dir', tmp_path/'run', *aam.tiny, '--epochs', 1)
+    aam('predict', '--model', tmp_path/'run/checkpoints/best_model.pt', *files, '--output', tmp_path/'p.tsv', '--device', 'cpu')
+    aam('rf-baseline', *files, *target, '--output', tmp_path/'f.tsv', '--n-estimators', 10, '--n-jobs', 1)
+    assert len(pd.read_csv(tmp_path/'p.tsv', sep='\t')) == 48

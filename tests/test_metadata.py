@@ -62,6 +62,7 @@ refused = {
     'header twice': ('id\tage\nS1\t1\nid\tage\n', 'below the header'),
     'unknown type': ('id\tage\n#q2:types\tinteger\nS1\t1\n', "'integer'; it can be numeric, categorical"),
     'unknown directive': ('id\tage\n#q2:units\tweeks\nS1\t1\n', 'not understood'),
+    'two rows of types': ('id\tage\n#q2:types\tnumeric\n#q2:types\tcategorical\nS1\t1\n', 'two #q2:types rows'),
     'unclosed quote': ('id\tage\nS1\t"1\nS2\t2\n', 'not a tab-separated table'),
 }
 
@@ -73,12 +74,21 @@ def test_refused_as_by_skbio(text, message, tmp_path):
     with pytest.raises(AamError) as error: read_metadata(path)
     assert str(error.value).startswith(f'{path}: ') and message in str(error.value) and '\n' not in str(error.value)
 
+def test_types_anywhere_below_the_header(tmp_path):
+    "QIIME 2 wants the row right below the header; behind comments or among the samples it is read as well, not taken for a comment."
+    for text in 'id\tage\n# a comment\n\n#q2:types\tcategorical\nS1\t1\n', 'id\tage\n#q2:missing\tblank\n#q2:types\tcategorical\nS1\t1\n', 'id\tage\nS1\t1\n#q2:types\tcategorical\n':
+        (tmp_path / 'm.tsv').write_text(text)
+        frame = read_metadata(tmp_path / 'm.tsv')
+        assert list(frame.index) == ['S1'] and is_text_column(get_column(frame, 'age'))
+
 def test_files_that_cannot_be_read(tmp_path):
     for read in (read_metadata, read_ids):
         with pytest.raises(AamError, match='no such file'): read(tmp_path / 'absent.tsv')
         with pytest.raises(AamError, match='cannot be read'): read(tmp_path)
         (tmp_path / 'excel.tsv').write_text('id\tage\nS1\t1\n', encoding='utf-16')
         with pytest.raises(AamError, match='not UTF-8'): read(tmp_path / 'excel.tsv')
+    (tmp_path / 'latin.tsv').write_text('id\tsite\nS1\tgut\nS2\tPerú\n', encoding='latin-1')
+    with pytest.raises(AamError, match=r'not UTF-8 text \(line 3\); save the metadata as tab-separated text in UTF-8'): read_metadata(tmp_path / 'latin.tsv')
     (tmp_path / 'empty.txt').write_text('\n')
     with pytest.raises(AamError, match='holds no sample ID'): read_ids(tmp_path / 'empty.txt')
 

@@ -489,7 +489,7 @@ def test_validation_has_fixed_masks_and_every_sample():
     assert train[0] != train[1]
 
 
-@pytest.mark.parametrize('metric', ['unweighted', 'weighted'])
+@pytest.mark.parametrize('metric', ['unweighted', 'weighted', 'weighted_unnormalized', 'generalized'])
 def test_unifrac_metric(metric):
     "True distances of a batch against scikit-bio; a head of the same form."
     from skbio import TreeNode
@@ -498,19 +498,30 @@ def test_unifrac_metric(metric):
     *most, last = data.table.sequences
     tree = TreeNode.read([f"(({','.join(f'{s}:1' for s in most)}):0,{last}:1);"])
     counts = draws_to_csr([view_draw(data, 'unifrac', i, 5, False) for i in range(12)], 10).toarray().astype(int)
-    how = dict(normalized=True) if metric == 'weighted' else {}
-    expected = beta_diversity(f'{metric}_unifrac', counts, data.table.sample_ids, taxa=data.table.sequences, tree=tree, **how).data
+    how = dict(normalized=True) if metric in ('weighted', 'generalized') else {} # with alpha 1, generalized is weighted
+    expected = beta_diversity('unweighted_unifrac' if metric == 'unweighted' else 'weighted_unifrac', counts, data.table.sample_ids, taxa=data.table.sequences, tree=tree, **how).data
     found, deep = make_batch(data, range(12), ('unifrac',), epoch=5).unifrac.numpy(), data.table.reads >= data.depth
     assert (np.isnan(found) == (~np.outer(deep, deep) | np.eye(12, dtype=bool))).all() and deep.sum() > 5
     assert np.nanmax(np.abs(found - expected)) <= 1e-5
     model = Model(EncoderOptions(**small, unifrac_metric=metric), ('unifrac',))
-    assert type(model.heads['unifrac']).__name__ == dict(unweighted='UnionHead', weighted='ShareHead')[metric]
+    assert type(model.heads['unifrac']).__name__ == dict(unweighted='UnionHead', weighted='ShareHead', weighted_unnormalized='MovedHead', generalized='GeneralizedHead')[metric]
 
 
-def test_weighted_head_learns_weighted_distances():
-    data = sample_data(unifrac_metric='weighted')
+def test_alpha_of_generalized_unifrac():
+    "It reaches the true distances and the head, and belongs to this metric alone."
+    with pytest.raises(AamError, match='--unifrac-alpha 0.5: belongs to --unifrac-metric generalized'): build_options(dict(encoder=EncoderOptions), dict(unifrac_alpha=.5))
+    distances = [make_batch(sample_data(unifrac_metric='generalized', unifrac_alpha=alpha), range(12), ('unifrac',)).unifrac for alpha in (0., .5, 1.)]
+    assert all((a - b).nan_to_num().abs().max() > .01 for a, b in zip(distances, distances[1:]))
+    heads = [Model(EncoderOptions(**small, unifrac_metric='generalized', unifrac_alpha=alpha), ('unifrac',)).heads['unifrac'] for alpha in (0., 1.)]
+    b = torch.rand(4, 12)
+    assert (heads[0].distance(b, b) - heads[1].distance(b, b)).abs().max() > .01
+
+
+@pytest.mark.parametrize('metric,alpha', [('weighted', 1.), ('weighted_unnormalized', 1.), ('generalized', .5)])
+def test_weighted_head_learns_weighted_distances(metric, alpha):
+    data = sample_data(unifrac_metric=metric, unifrac_alpha=alpha)
     torch.manual_seed(0)
-    model = Model(EncoderOptions(**small | dict(unifrac_branches=64), unifrac_metric='weighted'), ('unifrac',))
+    model = Model(EncoderOptions(**small | dict(unifrac_branches=64), unifrac_metric=metric, unifrac_alpha=alpha), ('unifrac',))
     plan = Plan(data, list(range(12)), ('unifrac',), False, 12, training=True)
     prime(model, plan.batch(0, 0))
     spread = float(np.nanvar(plan.batch(0, 0).unifrac.numpy()))
