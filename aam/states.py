@@ -9,10 +9,10 @@ __all__ = ['state_store', 'KeptStates']
 import os, tempfile
 import numpy as np
 import torch
-from dataclasses import replace
 
-from .data import Batch, Plan, loader
+from .data import Batch, Plan
 from .predictor import Model, SampleStates
+from .vectors import AsvVectors, draw_states, encode_asvs
 
 # %% ../nbs/15_states.ipynb #a1e4d695
 def state_store(rows:int, width:int, device:str) -> torch.Tensor: # half precision, (rows, width)
@@ -28,24 +28,26 @@ class KeptStates:
     "The batches of `plan`, their target view already encoded by a frozen `model`."
     ready = True # a batch is only looked up
     @torch.no_grad()
-    def __init__(self, plan:Plan, model:Model, device='cpu'):
+    def __init__(self, plan:Plan, model:Model, device='cpu', vectors:AsvVectors=None): # vectors of the ASVs, if there are some already
         self.plan, self.device = plan, device
         self.training, self.data, self.samples = plan.training, plan.data, plan.samples
         training = model.training
         model.eval()
-        table, found = plan.data.table, []
-        most = sum(min(len(table.row(i)[0]), plan.data.token_limit) for i in plan.samples)
-        self.states, self.length = state_store(most, model.options.embedding_dim, device), []
-        for batch in loader(replace(plan, training=False, views=('target',), nucleotides=False)):
-            s = model.states(batch.to(device))
-            start, new = sum(self.length), s.mask.sum(1).tolist()
-            self.states[start:start + sum(new)] = s.states[s.mask].half()
+        if vectors is None: vectors = encode_asvs(model, self.data, self.samples, model.encoder.asvs.chunk_size, device)
+        richness = np.minimum(np.diff(self.data.table.counts.indptr)[self.samples], self.data.token_limit)
+        richest = np.asarray(self.samples)[np.argsort(-richness, kind='stable')] # little padding
+        self.states, self.length, found, end = state_store(richness.sum(), model.options.embedding_dim, device), [], [], 0
+        for k in range(0, len(richest), plan.batch_size):
+            s = draw_states(model, self.data, vectors, richest[k:k + plan.batch_size], device=device)
+            new = s.states[s.mask]
+            self.states[end:end + len(new)] = new.half()
             found.append((s.abundance[s.mask], s.identity[s.mask], s.sums))
-            self.length += new
+            self.length += s.mask.sum(1).tolist()
+            end += len(new)
         model.train(training)
         self.abundance, self.identity, self.sums = map(torch.cat, zip(*found))
         self.first = np.cumsum([0, *self.length])
-        self.place = {sample: k for k, sample in enumerate(plan.samples)}
+        self.place = {sample: k for k, sample in enumerate(richest.tolist())}
 
     def __len__(self): return len(self.plan)
     def close(self): self.plan.close()

@@ -215,11 +215,13 @@ def make_plans(session, task:Task, model) -> list: # of the fit samples, of the 
     "Batches; with `--freeze-base`, of kept states."
     from aam.data import Plan
     from aam.states import KeptStates
+    from aam.vectors import encode_asvs
     views, size = tuple(v for v in ('target', 'count', 'unifrac') if v in task.weights), session.options['training'].batch_size
     plans = [Plan(task.data, samples, views, 'nuc' in task.weights, size, training=t) for samples, t in ((task.fit, True), (task.stop, False))]
     if not session.options['target'].freeze_base: return plans
     model.to(session.device).freeze_base()
-    return [KeptStates(p, model, session.device) for p in plans]
+    vectors = encode_asvs(model, task.data, [*task.fit, *task.stop], session.options['training'].asv_chunk_size, session.device, progress=True)
+    return [KeptStates(p, model, session.device, vectors) for p in plans]
 
 def make_objective(target:TargetOptions, task:Task):
     "The losses with their weights and units."

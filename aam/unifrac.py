@@ -77,20 +77,24 @@ class Distances:
 
 # %% ../nbs/03_unifrac.ipynb #91a58e05
 def _check_distances(path, ids, matrix, tolerance=1e-4, numbers=2**24):
-    "The `Distances` in `matrix`, of which so many numbers are looked at at a time; an `AamError` if it cannot hold distances between `ids`."
+    "The `Distances` in `matrix`, looked at in square tiles of so many numbers; an `AamError` if it cannot hold distances between `ids`."
     def refuse(what, remedy): raise AamError(f'{path}: {what}; {remedy}')
     if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
         refuse(f"the matrix is not square ({' x '.join(map(str, matrix.shape))})", 'give one of samples x samples')
     if len(ids) != len(matrix): refuse(f'{len(ids)} sample IDs for {len(matrix)} rows', 'give one ID per row')
     if len(set(ids)) < len(ids): refuse('a sample ID occurs twice', 'name each sample once')
-    step = max(1, numbers//max(len(matrix), 1))
-    for start in tqdm(range(0, len(matrix), step), f'checking {path.name}', leave=False, disable=len(matrix) <= step or not sys.stderr.isatty()):
-        part, end = matrix[start:start + step], min(start + step, len(matrix))
-        bad = ~np.isfinite(part).all(1)
-        if bad.any(): refuse(f'sample {ids[start + bad.argmax()]} has distances that are no numbers', 'compute them again')
-        if (part < 0).any(): refuse('there are negative distances', 'give distances, not similarities or coordinates')
-        if np.abs(part.diagonal(start)).max() > tolerance: refuse('the diagonal is not zero', 'give distances, not similarities')
-        if np.abs(part[:, :end] - matrix[:end, start:end].T).max() > tolerance: refuse('the matrix is not symmetric', 'check that rows and columns name the same samples in the same order')
+    side = max(1, int(numbers**.5))
+    parts = [slice(i, i + side) for i in range(0, len(matrix), side)]
+    for n, rows in enumerate(tqdm(parts, f'checking {path.name}', leave=False, disable=len(parts) < 2 or not sys.stderr.isatty())):
+        for columns in parts[n:]: # a tile and the one opposite: the whole of a file is read once, in long stretches
+            tile = matrix[rows, columns]
+            opposite = tile if rows == columns else matrix[columns, rows]
+            for first, part in (rows.start, tile), (columns.start, opposite):
+                bad = ~np.isfinite(part).all(1)
+                if bad.any(): refuse(f'sample {ids[first + bad.argmax()]} has distances that are no numbers', 'compute them again')
+                if (part < 0).any(): refuse('there are negative distances', 'give distances, not similarities or coordinates')
+            if rows == columns and np.abs(tile.diagonal()).max() > tolerance: refuse('the diagonal is not zero', 'give distances, not similarities')
+            if np.abs(tile - opposite.T).max() > tolerance: refuse('the matrix is not symmetric', 'check that rows and columns name the same samples in the same order')
     return Distances(list(ids), matrix)
 
 # %% ../nbs/03_unifrac.ipynb #e36f2faa

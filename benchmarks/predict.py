@@ -13,11 +13,12 @@ import torch.nn as nn
 from scipy import sparse
 
 from aam.config import EncoderOptions
-from aam.inference import Predictor, Target, encode_asvs
+from aam.inference import Predictor, Target
 from aam.predictor import Model
 from aam.session import pick_device
 from aam.table import make_table
 from aam.transforms import make_transform
+from aam.vectors import encode_asvs
 
 sizes = dict(default=(128, 4, 4), medium=(768, 6, 4), large=(1152, 12, 8))
 richness, bases, token_limit = 300, 150, 1024

@@ -145,7 +145,7 @@ def test_memory_options_of_the_command(aam, survey, trained, table, tmp_path):
 @pytest.mark.gpu
 def test_prediction_on_gpu(table, predictor):
     "With the vectors on the GPU, or on the host."
-    from aam.inference import draw_states, encode_asvs
+    from aam.vectors import draw_states, encode_asvs
     on_cpu, on_gpu = (predictor.predict(table, device=d) for d in ('cpu', 'cuda'))
     assert np.abs(on_cpu - on_gpu).max() < 1e-4*np.ptp(on_cpu, axis=0).min()
     model, data = predictor.model.to('cuda').eval(), predictor.data(table)
