@@ -201,6 +201,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aam.diagnosis.order_facts': ('diagnosis.html#order_facts', 'aam/diagnosis.py'),
                                'aam.diagnosis.quick_check': ('diagnosis.html#quick_check', 'aam/diagnosis.py'),
                                'aam.diagnosis.rank_correlation': ('diagnosis.html#rank_correlation', 'aam/diagnosis.py'),
+                               'aam.diagnosis.rearranged_correlation': ('diagnosis.html#rearranged_correlation', 'aam/diagnosis.py'),
+                               'aam.diagnosis.rearrangement': ('diagnosis.html#rearrangement', 'aam/diagnosis.py'),
                                'aam.diagnosis.reverse_complement': ('diagnosis.html#reverse_complement', 'aam/diagnosis.py'),
                                'aam.diagnosis.row_correlations': ('diagnosis.html#row_correlations', 'aam/diagnosis.py'),
                                'aam.diagnosis.sequence_facts': ('diagnosis.html#sequence_facts', 'aam/diagnosis.py'),
