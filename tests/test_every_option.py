@@ -97,7 +97,7 @@ profiles = {
             --token-limit 7 --asv-sampling abundance --rarefy-depth 2000 --penalty 3 --nuc-penalty 0.5 --count-penalty 2 --nuc-mask-ratio 0.4 --nuc-mask-strategy span
             --batch-size 5 --epochs 3 --lr 0.01 --optimizer sgd --weight-decay 0 --max-grad-norm 0.001 --scheduler cosine_restarts --warmup-steps 2 --scheduler-t0 3 --scheduler-t-mult 3 --scheduler-eta-min 0.001
             --average-decay 0 --gradient-accumulation-steps 2 --asv-chunk-size 10 --mixed-precision bf16 --test-size 0.4 --group-column subject_id --device cpu''',
-    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 0.3 --epochs 40 --patience 4
+    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 0.3 --epochs 40 --patience 9
             --train-samples LISTS/train.txt --val-samples LISTS/val.txt --test-samples LISTS/test.txt''',
     'c': f'{base} --num-workers 1 --unifrac-metric weighted --token-limit 7 --rarefy-depth 2000 --auto-batch-size --tf32',
     'd': f'{base} --rarefy-seed 7 --no-gradient-checkpointing',
@@ -254,7 +254,7 @@ effects = { # option: (profiles to be compared) -> whether it has its effect
     'clean-unifrac': lambda run, place: about([dropped(run(p), 'asvs') for p in ('b', 'base')], [.1, 0.]),
     'batch-size': lambda run, place: [max(sizes(run(p))) for p in ('a', 'base')] == [5, 8],
     'epochs': lambda run, place: [len(run(p).lines) for p in ('a', 'base')] == [3, 2],
-    'patience': lambda run, place: len(run('b').lines) < 40 and run('b').last['counters']['waited'] == 4 == len(run('b').lines) - run('b').last['counters']['best_epoch'],
+    'patience': lambda run, place: len(run('b').lines) < 40 and run('b').last['counters']['waited'] == 9 == len(run('b').lines) - run('b').last['counters']['best_epoch'],
     'optimizer': lambda run, place: bool(buffers(run('a'))) and 'exp_avg' in run('base').last['optimizer']['state'][0],
     'weight-decay': lambda run, place: [{g['weight_decay'] for g in run(p).last['optimizer']['param_groups']} for p in ('a', 'base')] == [{0.}, {0., .01}],
     'max-grad-norm': lambda run, place: 0 < torch.stack([b.square().sum() for b in buffers(run('a'))]).sum().sqrt() < .0101, # a sum of 0.9^k times steps of 0.001

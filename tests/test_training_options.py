@@ -257,7 +257,8 @@ def test_last_partial_accumulation():
     fit(t, 'regression', lambda v: {}, record=Steps())
     assert [s for s, _ in steps] == [1, 2, 3, 4] # three batches: a step of two and a step of one, twice
     moved = math.sqrt(sum(float((p - b).detach().square().sum()) for p, b in zip(t.model.parameters(), before)))
-    assert all(n > 1e-3 for _, n in steps) and moved <= 4.01e-3
+    speed = np.array([1, 1.9, 2.71, 3.439])*1e-3 # of SGD with momentum 0.9, each gradient clipped to 1e-3
+    assert all(n > 1e-3 for _, n in steps) and moved <= (speed * [t.schedule.share(k) for k in range(4)]).sum() * 1.001
 
 
 # ---- precision, compiling, memory
