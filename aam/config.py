@@ -58,9 +58,9 @@ def Number(kind, low=None, high=None):
     "Annotation of a number between `low` and `high`."
     return Annotated[kind, Bounds(low, high)]
 
-def choice(names):
-    "Annotation of one of `names`."
-    return Annotated[str, dict(choices=list(names))]
+def choice(names, alone=None):
+    "Annotation of one of `names`; the option by itself stands for `alone`."
+    return Annotated[str, dict(choices=list(names)) | ({} if alone is None else dict(nargs='?', const=alone))]
 
 def _listed(convert, text, what):
     "Numbers in `text`, separated by commas; lists pass through."
@@ -355,7 +355,7 @@ class TrainingOptions(Options):
     device:choice(device_names)='auto' # where to compute
     mixed_precision:choice(precision_names)=None # number format of matrix products (without it: bf16 on a GPU, none on a CPU)
     tf32:bool=False # let a GPU round fp32 matrix products to TF32 while training
-    compile_model:choice(compile_names)='off' # compile the transformer blocks with torch.compile; auto: on a GPU, where there is a C compiler
+    compile_model:choice(compile_names, alone='on')='off' # compile the transformer blocks with torch.compile; by itself: on; auto: on a GPU, where there is a C compiler
     auto_batch_size:bool=False # choose the batch size by measuring the memory of a real step on the GPU
 
     def check(self):

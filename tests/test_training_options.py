@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from torch.optim import lr_scheduler
 
-from aam.config import AamError, EncoderOptions, InputOptions, TrainingOptions, build_options, optimizer_names, scheduler_names
+from aam.cli import load_command
+from aam.config import AamError, EncoderOptions, InputOptions, TrainingOptions, build_options, optimizer_names, parse_command, scheduler_names
 from aam.data import Plan, SampleData, draws_to_csr, loader, make_batch, view_draw
 from aam.graphs import Graphed, pad_batch
 from aam.inputs import read_inputs
@@ -323,6 +324,13 @@ def test_tf32_rounds():
     with tf32(False): exact = x @ x
     with tf32(True): rounded = x @ x
     assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize('words,value', [(['--compile-model'], 'on'), (['--compile-model', 'auto'], 'auto'), ([], None)])
+def test_compile_model_by_itself(words, value):
+    "As the guide has it, without a value."
+    given = parse_command(load_command('pretrain'), ['--table', 't.biom', '--output-dir', 'o', *words, '--epochs', '3'], 'aam pretrain')
+    assert given.get('compile_model') == value and given['epochs'] == 3
 
 
 def test_compile_choices(monkeypatch, tmp_path):
