@@ -94,8 +94,9 @@ class Training:
     def load_state_dict(self, state):
         for k, v in state['counters'].items(): setattr(self, k, v)
         own = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups] # how to compute here, not where the state was saved
-        for name in self._parts: getattr(self, name).load_state_dict(state[name])
-        for group, settings in zip(self.optimizer.param_groups, own): group.update(settings)
+        saved = dict(state['optimizer'], param_groups=[group | settings for group, settings in zip(state['optimizer']['param_groups'], own)])
+        for name in self._parts: getattr(self, name).load_state_dict(saved if name == 'optimizer' else state[name])
+        for group, settings in zip(self.optimizer.param_groups, own): group.update(settings) # the very tensors of the rates, which a recorded step reads
 
 # %% ../nbs/26_trainer.ipynb #e98708e8
 def gradients(t:Training, batch) -> dict: # sums and counts
