@@ -58,7 +58,7 @@ class Batch:
         new = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
         return replace(self, **new, states=None if self.states is None else self.states.map(function))
 
-    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=True))
+    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=t.is_pinned())) # other memory may be gone before a copy that nobody waits for has read it
     def pin_memory(self): return self.map(torch.Tensor.pin_memory)
 
 # %% ../nbs/06_data.ipynb #a9f3cf5a
