@@ -396,7 +396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.inputs.Inputs.size': ('inputs.html#inputs.size', 'aam/inputs.py'),
                             'aam.inputs.Inputs.unifrac_known': ('inputs.html#inputs.unifrac_known', 'aam/inputs.py'),
                             'aam.inputs.Inputs.write_dropped': ('inputs.html#inputs.write_dropped', 'aam/inputs.py'),
-                            'aam.inputs.check_diversities': ('inputs.html#check_diversities', 'aam/inputs.py'),
+                            'aam.inputs.check_complete': ('inputs.html#check_complete', 'aam/inputs.py'),
                             'aam.inputs.class_losses': ('inputs.html#class_losses', 'aam/inputs.py'),
                             'aam.inputs.drop_shallow': ('inputs.html#drop_shallow', 'aam/inputs.py'),
                             'aam.inputs.read_drawn': ('inputs.html#read_drawn', 'aam/inputs.py'),

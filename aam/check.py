@@ -465,7 +465,7 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     "Reads everything a run would and looks at it."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
-    from aam.inputs import drop_shallow, read_inputs
+    from aam.inputs import check_complete, drop_shallow, read_inputs
     from aam.metadata import get_column, read_metadata
     from aam.table import table_paths
     from aam.train import warn_of_seen
@@ -474,13 +474,14 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
         pretrained = load_checkpoint(o.pretrained_encoder, kinds=('pretrain', 'train')) if o.pretrained_encoder else None
         if pretrained: encoder = pretrained_options(pretrained, encoder)
         unifrac_source(input, encoder)
-        inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata)
+        inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata, complete=False)
         check_columns(inputs, o)
         check_sequences(report, inputs, input, encoder.max_bp)
         check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
         if input.rarefy_depth: inputs.depth = input.rarefy_depth
         check_depth(report, inputs, get_column(inputs.frame, o.columns[0]) if o.classifier else None, input.rarefy_depth)
         if input.rarefy_depth: drop_shallow(inputs, input)
+        check_complete(inputs, input)
         target, actual = check_target(report, inputs, o)
         parts = check_split(report, inputs, split, target, actual, o.seed)
         check_fitting(report, inputs, o, target, actual, parts)

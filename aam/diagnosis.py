@@ -312,7 +312,7 @@ def diversity_findings(
     r, chance, said = facts['correlation'], facts['by_chance'], f"rank correlation with {facts['compared_with']} {facts['correlation']:.2f}"
     if r <= chance and chance > .5: return [Finding('note', f"{name}: {facts['samples']} samples are too few to tell whether its values are about them ({said}; shuffled at random {chance:.2f})")]
     if r <= chance: return [Finding('error', f"{name}: its values are not about the samples of the table ({said}; shuffled at random {chance:.2f}): compute it again from this table")]
-    if facts['ratio'] and abs(np.log(facts['ratio'])) > .1:
+    if facts['ratio'] and abs(np.log(facts['ratio'])) > .05:
         return [Finding('warning', f"{name}: its values are {facts['ratio']:.2f} times those of the reads that the model sees (median over samples): of another depth, or another tree; compute it with aam unifrac --rarefy-depth, or give --tree alone")]
     return [Finding('warning', f"{name}: follows the samples weakly ({said}); is it Faith's phylogenetic diversity of this table?")] if r < .3 else []
 

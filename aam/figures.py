@@ -205,7 +205,7 @@ def _hexagons(axes, x:np.ndarray, y:np.ndarray, limits:tuple[float, float], coun
     bar.outline.set_visible(False)
     _plain_log_ticks(bar.ax.yaxis)
 
-unifrac_shown = {'r2': 'R2', 'reachable_r2': 'reachable R2', 'mae': 'MAE', 'mean_mae': 'MAE of the training mean', 'correlation': 'r', 'bias': 'bias'}
+unifrac_shown = {'r2': 'R2', 'reachable_r2': 'reachable R2', 'mae': 'MAE', 'correlation': 'r', 'bias': 'bias'}
 unifrac_words = dict(unifrac=('UniFrac', 'UniFrac distance', 'pairs'), faith_pd=("Faith's PD",)*2 + ('samples',))
 
 def predicted_unifrac(

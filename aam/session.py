@@ -281,7 +281,8 @@ def reachable(data:SampleData, inputs:Inputs, samples) -> float|None:
     if inputs.branches is None: return None
     depth = data.depth if data.drawn is None else int(data.drawn.reads.max())
     tree = replace(data, distances=None, diversities=None, drawn=None, depth=depth, branches=inputs.branches)
-    return reachable_r2(all_unifrac(data, samples) if data.fixed else all_unifrac(tree, samples, 1), all_unifrac(tree, samples, 0))
+    other = all_unifrac(tree, samples, 1) # a file may hold the first draw, which has the same seed
+    return reachable_r2(all_unifrac(data, samples), other) if data.fixed else reachable_r2(other, all_unifrac(data, samples))
 
 # %% ../nbs/29_session.ipynb #e135ad7d
 def majority_accuracy(data:SampleData, fit_samples, plan:Plan) -> float:
