@@ -205,7 +205,7 @@ def test_training_knows_the_rarefied_table(tmp_path, aam, files, caplog):
     options = InputOptions(table=files['table'], unifrac_matrix=tmp_path/'d.h5')
     caplog.clear()
     with caplog.at_level('WARNING', 'aam'): assert read_inputs(options).drawn is None
-    assert [m for m in caplog.messages if 'rarefied' in m] == ['d.h5: its rarefied table d.h5.rarefied.biom is not beside it; reads are drawn anew, and are not quite those that the distances are about']
+    assert [m for m in caplog.messages if 'rarefied' in m] == ['d.h5: its rarefied table d.h5.rarefied.biom is not beside it; reads are drawn anew, and are not quite those that it is about']
 
 
 def test_mean_of_draws(tmp_path, files):

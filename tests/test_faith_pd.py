@@ -207,6 +207,17 @@ def test_ids_stay_text(tmp_path):
         assert dict(read_faith_pd(tmp_path/'pd.txt')) == {'001': 2.5, '1': 0.}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_gpu(aam, survey, tmp_path):
+    "Recorded steps in bf16 learn it as well; the final scores are those of fp32."
+    tiny = [w for w in aam.tiny if w not in ('--device', 'cpu')]
+    said = aam('pretrain', '--table', survey/'table.biom', '--tree', survey/'tree.nwk', *faith, *tiny, '--epochs', 12, '--lr', 3e-3, '--output-dir', tmp_path/'run')
+    assert 'cannot be recorded' not in said.err
+    scores = json.loads((tmp_path/'run'/'scores.json').read_text())['validation']
+    assert scores['faith_pd_r2'] > .6 and scores['faith_pd_mae'] < .6*scores['faith_pd_mean_mae']
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not mouse.exists(), reason='the real data are not here')
 def test_mouse_age(aam, tmp_path):
