@@ -291,10 +291,12 @@ class Plan:
     training:bool=False # shuffled, and with random depths in the target view
     ready = False # batches take work to make
     _kept:dict=field(default_factory=dict, init=False, repr=False, compare=False) # loaders whose processes live on
+    _drawn:tuple=field(default=(None, None), init=False, repr=False, compare=False) # epoch and its order
 
     def order(self, epoch:int) -> np.ndarray:
         if not self.training: return np.asarray(self.samples)
-        return draw_rng('order', self.data.seed, epoch, '').permutation(self.samples)
+        if self._drawn[0] != epoch: self._drawn = epoch, draw_rng('order', self.data.seed, epoch, '').permutation(self.samples)
+        return self._drawn[1]
 
     def __len__(self): return -(-len(self.samples) // self.batch_size)
 

@@ -97,7 +97,7 @@ profiles = {
             --token-limit 7 --asv-sampling abundance --rarefy-depth 2000 --penalty 3 --nuc-penalty 0.5 --count-penalty 2 --nuc-mask-ratio 0.4 --nuc-mask-strategy span
             --batch-size 5 --epochs 3 --lr 0.01 --optimizer sgd --weight-decay 0 --max-grad-norm 0.001 --scheduler cosine_restarts --warmup-steps 2 --scheduler-t0 3 --scheduler-t-mult 3 --scheduler-eta-min 0.001
             --average-decay 0 --gradient-accumulation-steps 2 --asv-chunk-size 10 --mixed-precision bf16 --test-size 0.4 --group-column subject_id --device cpu''',
-    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 0.3 --epochs 40 --patience 9
+    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 1 --epochs 40 --patience 9
             --train-samples LISTS/train.txt --val-samples LISTS/val.txt --test-samples LISTS/test.txt''',
     'c': f'{base} --num-workers 1 --unifrac-metric weighted --token-limit 7 --rarefy-depth 2000 --auto-batch-size --tf32',
     'd': f'{base} --rarefy-seed 7 --no-gradient-checkpointing',
@@ -175,9 +175,9 @@ def restarts(run): return rates_follow(run('a'), lr=.01, scheduler='cosine_resta
 def plateau(run):
     "The recorded rates fall after epochs as the recorded validation losses say."
     r = run('b')
-    schedule, per_epoch, expected = Schedule(TrainingOptions(lr=.3, scheduler='plateau', scheduler_patience=1, scheduler_factor=.25, epochs=40), 40*(steps := r.lines[0]['step'])), r.lines[0]['step'], []
+    schedule, per_epoch, expected = Schedule(TrainingOptions(lr=1., scheduler='plateau', scheduler_patience=1, scheduler_factor=.25, epochs=40), 40*(steps := r.lines[0]['step'])), r.lines[0]['step'], []
     for line in r.lines:
-        expected += [.3*schedule.share(line['step'] - per_epoch + i) for i in range(steps)]
+        expected += [schedule.share(line['step'] - per_epoch + i) for i in range(steps)]
         schedule.watch(line['val_loss'])
     np.testing.assert_allclose(r.files.rates(), expected, rtol=1e-5)
     return schedule.falls > 0
