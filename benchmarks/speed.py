@@ -1,20 +1,22 @@
 """Time, memory and arithmetic of a training step, beside a padded baseline on the same machine in the same run.
 
-    python benchmarks/speed.py [--device cuda] [--sizes default,medium,large] [--what baseline,eager,fast,memory,frozen] [--profile FOLDER]
+    python benchmarks/speed.py [--device cuda] [--sizes default,medium,large] [--what baseline,eager,fast,memory,frozen,limits,tree] [--profile FOLDER]
 
 A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 bases, a tenth of them masked; a step is forward, backward and optimizer of
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
 The baseline encodes every occurrence, padded to --token-limit 1024, by `torch.nn.TransformerEncoder` in chunks of 256 with checkpointing, at the same precision.
 """
 import argparse, statistics, time
+from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.sparse import coo_matrix
 from torch.utils.checkpoint import checkpoint
 
 from aam.config import EncoderOptions, TrainingOptions
-from aam.data import Plan, SampleData
+from aam.data import Plan, SampleData, draws_to_csr, true_unifrac, view_draw
 from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
@@ -22,12 +24,12 @@ from aam.simulate import yule_tree
 from aam.states import KeptStates
 from aam.table import make_table
 from aam.trainer import Training, compile_model, train_epoch, train_step
-from aam.unifrac import make_branches
+from aam.unifrac import Distances, make_branches, unifrac_distances
 
 sizes = dict(default=(128, 4, 4), medium=(768, 6, 4), large=(1152, 12, 8))
 batch_size, occurrences, distinct, bases = 8, 2175, 1200, 150
 
-def simulated_data(groups:int=4, seed:int=0) -> SampleData:
+def simulated_data(groups:int=4, seed:int=0, **how) -> SampleData:
     "`groups` times 8 samples of one depth; each group has `occurrences` of the same `distinct` ASVs."
     rng = np.random.default_rng(seed)
     counts = np.zeros((groups*batch_size, distinct), np.int64)
@@ -43,7 +45,7 @@ def simulated_data(groups:int=4, seed:int=0) -> SampleData:
     table = make_table(counts, [f's{i:03}' for i in range(len(counts))], sequences)
     tree = yule_tree(len(table.sequences), rng)
     branches = make_branches(tree.tips, tree.parent, tree.length)
-    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=branches)
+    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=branches, **how)
 
 class Padded(nn.Module):
     "Every occurrence encoded for itself, padded to the token limit."
@@ -162,9 +164,8 @@ def baseline_row(data, size, device, rate, warm, repeats):
     seconds = timed(step, device, 0, repeats)
     return dict(seconds=seconds, alone=seconds, memory=peak_gb(device), asvs=distinct/seconds)
 
-def epochs(size, device, frozen, groups=32, **options) -> dict:
+def epochs(size, device, frozen, data, **options) -> dict:
     "Seconds of an epoch of `aam train` over 256 samples after the first two, loading and all; and the share of it spent waiting for batches."
-    data = simulated_data(groups)
     data.target = np.random.default_rng(0).normal(size=(len(data.table), 1)).astype(np.float32)
     width, heads, layers = sizes[size]
     o = TrainingOptions(**options)
@@ -181,6 +182,31 @@ def epochs(size, device, frozen, groups=32, **options) -> dict:
         found.append(train_epoch(t, 'regression')); t.epoch += 1
     best = min(found[2:], key=lambda line: line['seconds'])
     return dict(seconds=best['seconds'], waited=best['waited'])
+
+def large_tree(tips:int, samples:int=256, asvs:int=300) -> SampleData:
+    "Samples of `asvs` of the tips of a large tree."
+    rng = np.random.default_rng(0)
+    sequences = [''.join(s) for s in np.array(list('ACGT'))[rng.integers(0, 4, (tips, bases))]]
+    rows, columns = np.repeat(np.arange(samples), asvs), np.concatenate([rng.choice(tips, asvs, replace=False) for _ in range(samples)])
+    counts = coo_matrix((rng.geometric(0.02, len(rows)), (rows, columns)), shape=(samples, tips)).tocsr()
+    table = make_table(counts, [f's{i:03}' for i in range(samples)], sequences)
+    tree = yule_tree(len(table.sequences), rng)
+    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=make_branches(tree.tips, tree.parent, tree.length))
+
+def tree_cost(size, device, tips:int=20_000, samples:int=256, **options):
+    "An epoch of all tasks with distances from a large tree, beside the same with distances from a file; and a batch of distances by itself."
+    data = large_tree(tips, samples)
+    draws = [view_draw(data, 'unifrac', i, 0, True) for i in range(batch_size)]
+    began = time.perf_counter()
+    for _ in range(20): true_unifrac(data, range(batch_size), draws)
+    alone = (time.perf_counter() - began)/20
+    counts = draws_to_csr([view_draw(data, 'unifrac', i, 0, True) for i in range(len(data.table))], tips)
+    matrix = unifrac_distances(counts, data.branches).astype(np.float32)
+    from_tree = epochs(size, device, False, data, **options)
+    from_file = epochs(size, device, False, replace(data, branches=None, distances=Distances(list(data.table.sample_ids), matrix)), **options)
+    steps = -(-len(data.table) // batch_size)
+    print(f"{size:<8} an epoch of {len(data.table)} samples, distances from a tree of {tips:,} tips {from_tree['seconds']:.3f} s ({100*from_tree['waited']:.1f} % waiting), from a file {from_file['seconds']:.3f} s "
+          f"({100*from_file['waited']:.1f} %): {100*(from_tree['seconds']/from_file['seconds'] - 1):+.1f} %; distances of a batch {1000*alone:.2f} ms on one core, a step {1000*from_tree['seconds']/steps:.1f} ms", flush=True)
 
 def show(size, name, row, base=None):
     "One line."
@@ -209,8 +235,11 @@ def main():
         if 'fast' in what: show(size, f'aam, the same, --compile-model {on}', step_row(data, size, device, rate, warm, repeats, compile_model=on, **free), base)
         if 'memory' in what: show(size, f'aam, checkpointing, chunk 256, compile {on}', step_row(data, size, device, rate, warm, repeats, compile_model=on), base)
         if 'frozen' in what:
-            whole, frozen = epochs(size, device, False, compile_model=on), epochs(size, device, True)
+            whole, frozen = epochs(size, device, False, simulated_data(32), compile_model=on), epochs(size, device, True, simulated_data(32))
             print(f"{size:<8} an epoch of 256 samples, guide's defaults, compile {on}: {whole['seconds']:.3f} s ({100*whole['waited']:.1f} % waiting for batches); frozen {frozen['seconds']:.3f} s: {whole['seconds']/frozen['seconds']:.0f} x", flush=True)
+        if 'limits' in what:
+            for limit in 512, 1024, 4096, 16384: show(size, f'aam, compile {on}, --token-limit {limit}', step_row(simulated_data(token_limit=limit), size, device, rate, warm, repeats, compile_model=on, **free))
+        if 'tree' in what: tree_cost(size, device, compile_model=on)
         if args.profile: profile(data, size, device, args.profile, compile_model=on, **free)
 
 def profile(data, size, device, folder, **options):
