@@ -6,8 +6,9 @@ A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 ba
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
 The baseline encodes every occurrence, padded to --token-limit 1024, by `torch.nn.TransformerEncoder` in chunks of 256 with checkpointing, at the same precision.
 """
-import argparse, statistics, time
+import argparse, json, re, statistics, time
 from dataclasses import replace
+from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
@@ -232,7 +233,9 @@ def main():
         if 'baseline' in what: base = baseline_row(data, size, device, rate, min(warm, 1), 3 if device == 'cuda' else 1); show(size, 'padded baseline', base)
         free = dict(gradient_checkpointing=False, asv_chunk_size=0)
         if 'eager' in what: show(size, 'aam, --no-gradient-checkpointing, chunk 0', step_row(data, size, device, rate, warm, repeats, **free), base)
-        if 'fast' in what: show(size, f'aam, the same, --compile-model {on}', step_row(data, size, device, rate, warm, repeats, compile_model=on, **free), base)
+        if 'fast' in what:
+            row = step_row(data, size, device, rate, warm, repeats, compile_model=on, **free)
+            show(size, f'aam, the same, --compile-model {on}', row, base)
         if 'memory' in what: show(size, f'aam, checkpointing, chunk 256, compile {on}', step_row(data, size, device, rate, warm, repeats, compile_model=on), base)
         if 'frozen' in what:
             whole, frozen = epochs(size, device, False, simulated_data(32), compile_model=on), epochs(size, device, True, simulated_data(32))
@@ -240,19 +243,54 @@ def main():
         if 'limits' in what:
             for limit in 512, 1024, 4096, 16384: show(size, f'aam, compile {on}, --token-limit {limit}', step_row(simulated_data(token_limit=limit), size, device, rate, warm, repeats, compile_model=on, **free))
         if 'tree' in what: tree_cost(size, device, compile_model=on)
-        if args.profile: profile(data, size, device, args.profile, compile_model=on, **free)
+        if args.profile and 'fast' in what: profile(data, size, device, args.profile, row, rate, compile_model=on, **free)
 
-def profile(data, size, device, folder, **options):
-    "Prints the kernels that take longest."
+kinds = {
+    'attention': 'sdpa|flash|fmha|_forward|_backward_kernel|^_backward|dot_do_o|dq_to_16',
+    'optimizer': 'multi_tensor_apply|adam',
+    'matrix products': 'nvjet|gemm|cublas|splitk|xmma|gemv',
+    'norms, GELU, sums (fused)': 'triton_',
+    'look-ups and their gradients': 'embedding|index|scatter|gather|sort|compute_grad|sum_and',
+    'copies and fills': 'memcpy|memset|copy|fill',
+}
+
+def kernel_times(events) -> dict:
+    "Milliseconds on the GPU by kind of kernel."
+    found = dict.fromkeys([*kinds, 'other'], 0.)
+    for e in events:
+        if e.device_type.name == 'CUDA' and not e.is_user_annotation:
+            kind = next((kind for kind, pattern in kinds.items() if re.search(pattern, e.key, re.IGNORECASE)), 'other')
+            found[kind] += e.self_device_time_total/1000
+    return found
+
+def profile(data, size, device, folder, row, rate, **options):
+    "Kernels that take longest, as text; and time by kind of kernel beside the step's arithmetic in FOLDER/profile.json, which the docs show."
     from torch.profiler import ProfilerActivity, profile as profiler
-    t = make_training(data, size, device, **options)
+    t, steps = make_training(data, size, device, **options), 4
     batches = [t.train.batch(0, k).pin_memory() for k in range(len(t.train))]
     t.model.train()
     for i in range(8): train_step(t, [batches[i % len(batches)]], Meter())
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-        for i in range(4): train_step(t, [batches[i % len(batches)]], Meter())
+        for i in range(steps): train_step(t, [batches[i % len(batches)]], Meter())
         torch.cuda.synchronize()
-    open(f'{folder}/{size}.txt', 'w').write(prof.key_averages().table(sort_by='self_cuda_time_total', row_limit=70, max_name_column_width=120) + '\n' +
-                                            prof.key_averages().table(sort_by='self_cpu_time_total', row_limit=30, max_name_column_width=80))
+    events = prof.key_averages()
+    (Path(folder)/f'{size}.txt').write_text(events.table(sort_by='self_cuda_time_total', row_limit=70, max_name_column_width=120))
+    width, _, layers = sizes[size]
+    path = Path(folder)/'profile.json'
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[size] = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, step_ms=1000*row['seconds'], tflops=row['tflops'], matrix_rate=rate, copy_rate=copy_rate(device),
+                       bytes_gb=least_bytes(width, layers, batches)/1e9, kernels_ms={k: v/steps for k, v in kernel_times(events).items()})
+    path.write_text(json.dumps(known, indent=1) + '\n')
+
+def copy_rate(device) -> float:
+    "TB/s of a large copy, bytes read and written."
+    x = torch.randn(2**28, device=device)
+    y = torch.empty_like(x)
+    return 2*x.nbytes/timed(lambda i: y.copy_(x), device)/1e12
+
+def least_bytes(width, layers, batches) -> float:
+    "Bytes that blocks read and write if each of their operations takes a pass of its own over bf16 numbers: forward 38 widths a token and layer, backward twice that."
+    tokens = sum((int((b.asv_weight > 0).sum()) + sum(masked for _, masked, _ in b.groups))*bases + 2*int(b.mask[b.rows('count')].sum()) for b in batches)/len(batches)
+    return 3*38*width*2*tokens*layers
 
 if __name__ == '__main__': main()
