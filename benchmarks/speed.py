@@ -6,7 +6,7 @@ A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 ba
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
 The baseline encodes every occurrence, padded to --token-limit 1024, by `torch.nn.TransformerEncoder` in chunks of 256 with checkpointing, at the same precision.
 """
-import argparse, json, re, statistics, time
+import argparse, json, re, resource, statistics, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -109,7 +109,7 @@ def pipelined(step, device, repeats=20) -> float:
     wait()
     return (time.perf_counter() - start)/repeats
 
-def peak_gb(device): return torch.cuda.max_memory_allocated()/2**30 if device == 'cuda' else float('nan')
+def peak_gb(device): return torch.cuda.max_memory_allocated()/2**30 if device == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20 # on a CPU that of the whole process
 
 def matrix_rate(device) -> float:
     "TFLOP/s of a bf16 product on random data (fp32 on a CPU)."
@@ -143,8 +143,10 @@ def step_row(data, size, device, rate, warm, repeats, **options):
     first = time.perf_counter() - start
     for i in range(warm): step(i)
     seconds = timed(step, device, 1, repeats)
+    used = time.process_time()
     steady = pipelined(step, device, repeats)
-    return dict(seconds=steady, alone=seconds, memory=peak_gb(device), tflops=flops/steady/1e12, share=flops/steady/1e12/rate, asvs=distinct/steady, first=first)
+    used = (time.process_time() - used)/repeats
+    return dict(cpu=used, seconds=steady, alone=seconds, memory=peak_gb(device), tflops=flops/steady/1e12, share=flops/steady/1e12/rate, asvs=distinct/steady, first=first)
 
 def baseline_row(data, size, device, rate, warm, repeats):
     "Times the padded baseline."
@@ -213,6 +215,7 @@ def show(size, name, row, base=None):
     "One line."
     more = f"{row['tflops']:7.1f} TFLOP/s {100*row['share']:5.1f} %" if 'tflops' in row else ' '*24
     ratio = f"{base['seconds']/row['seconds']:6.1f} x" if base else ' '*8
+    if 'cpu' in row and not torch.cuda.is_available(): more += f" {row['cpu']:.1f} CPU-s"
     print(f"{size:<8} {name:<44} {1000*row['seconds']:9.1f} ms (alone {1000*row['alone']:8.1f}) {row['asvs']:9.0f} ASVs/s {row['memory']:7.2f} GB {more} {ratio}" + (f"  first step {row['first']:.1f} s" if 'first' in row else ''), flush=True)
 
 def main():
