@@ -8,7 +8,7 @@ __all__ = ['seasons', 'habitats', 'file_names', 'Phylogeny', 'yule_tree', 'newic
            'simulate_community', 'metadata_table', 'rarefied_distances', 'simulate', 'write_community']
 
 # %% ../nbs/35_simulate.ipynb #a9c35041
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -210,12 +210,12 @@ def rarefied_distances(
 ): # `aam.unifrac.Distances` of all samples, in the order of the table
     "Unweighted UniFrac of the table at its default depth."
     from aam.table import default_depth, unifrac_draw
-    from aam.unifrac import read_tree, tree_distances
+    from aam.unifrac import Distances, read_tree, unifrac_distances
     depth, counts = default_depth(table.reads), table.counts.copy()
     for i, sample in enumerate(table.sample_ids):
         row = slice(*counts.indptr[i:i+2])
         counts.data[row] = unifrac_draw(counts.data[row], depth, InputOptions.rarefy_seed, 0, sample)
-    return tree_distances(replace(table, counts=counts), read_tree(tree_path, table.sequences))
+    return Distances(list(table.sample_ids), unifrac_distances(counts, read_tree(tree_path, table.sequences)))
 
 # %% ../nbs/35_simulate.ipynb #7552aa61
 file_names = dict(table='table.biom', tree='tree.nwk', unifrac_matrix='unifrac.h5', metadata='metadata.tsv', test_samples='test_samples.txt')

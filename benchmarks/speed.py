@@ -6,7 +6,8 @@ A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 ba
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
 The baseline encodes every occurrence, padded to --token-limit 1024, by `torch.nn.TransformerEncoder` in chunks of 256 with checkpointing, at the same precision.
 """
-import argparse, statistics, time
+import argparse, statistics, tempfile, time
+from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
@@ -18,11 +19,11 @@ from aam.data import Plan, SampleData
 from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
-from aam.simulate import yule_tree
+from aam.simulate import newick, yule_tree
 from aam.states import KeptStates
 from aam.table import make_table
 from aam.trainer import Training, compile_model, train_epoch, train_step
-from aam.unifrac import make_branches
+from aam.unifrac import read_tree
 
 sizes = dict(default=(128, 4, 4), medium=(768, 6, 4), large=(1152, 12, 8))
 batch_size, occurrences, distinct, bases = 8, 2175, 1200, 150
@@ -42,7 +43,9 @@ def simulated_data(groups:int=4, seed:int=0) -> SampleData:
     sequences = [''.join(s) for s in np.array(list('ACGT'))[rng.integers(0, 4, (distinct, bases))]]
     table = make_table(counts, [f's{i:03}' for i in range(len(counts))], sequences)
     tree = yule_tree(len(table.sequences), rng)
-    branches = make_branches(tree.tips, tree.parent, tree.length)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder)/'tree.nwk').write_text(newick(tree, table.sequences))
+        branches = read_tree(Path(folder)/'tree.nwk', table.sequences)
     return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=branches)
 
 class Padded(nn.Module):

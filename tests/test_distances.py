@@ -15,7 +15,7 @@ from scipy import sparse
 from skbio import TreeNode
 from skbio.diversity import alpha_diversity, beta_diversity
 
-from aam.blocks import Block, block_distances, block_faith_pd, block_size, read_ranges
+from aam.blocks import Block, block_distances, block_faith_pd, block_size
 from aam.cli import main
 from aam.config import AamError, EncoderOptions, InputOptions
 from aam.data import SampleData, all_distances, view_draw
@@ -30,10 +30,10 @@ ssu = shutil.which('ssu', path=f"{os.environ.get('PATH', '')}:/usr/bin")
 needs_ssu = pytest.mark.skipif(not ssu or not mouse_age.exists(), reason='needs ssu (Debian: unifrac-tools) and ../shared/data/mouse_age')
 
 
-def whole(tables, ranges, **how):
+def whole(tables, branches, **how):
     n = tables[0].shape[0]
     found = np.full((n, n), np.nan)
-    for rows, columns, d in block_distances(tables, ranges, **how): found[rows, columns], found[columns, rows] = d, d.T
+    for rows, columns, d in block_distances(tables, branches, **how): found[rows, columns], found[columns, rows] = d, d.T
     return found
 
 
@@ -60,17 +60,16 @@ def test_every_metric_is_that_of_scikit_bio(tmp_path_factory, n_tips, n_samples,
     counts[-1] = counts[-2]
     order = rng.permutation(n_tips)
     taxa = [tips[i] for i in order]
-    table, ranges, tree = sparse.csr_matrix(counts[:, order]), read_ranges(path, taxa), TreeNode.read(str(path))
+    table, branches, tree = sparse.csr_matrix(counts[:, order]), read_tree(path, taxa), TreeNode.read(str(path))
     reference = dict(taxa=taxa, tree=tree)
     of_skbio = lambda metric, **how: beta_diversity(metric, counts[:, order], **reference, **how).data
     for metric, wanted in dict(unweighted=of_skbio('unweighted_unifrac'), weighted_normalized=of_skbio('weighted_unifrac', normalized=True), weighted_unnormalized=of_skbio('weighted_unifrac')).items():
-        ours = whole([table], ranges, metric=metric, block=block)
+        ours = whole([table], branches, metric=metric, block=block)
         assert np.abs(ours - wanted).max() <= 1e-5 and (ours == ours.T).all() and (ours.diagonal() == 0).all(), metric
-    np.testing.assert_allclose(block_faith_pd(Block(table, ranges, dtype='float64')), alpha_diversity('faith_pd', counts[:, order], **reference), rtol=1e-5, atol=1e-6)
-    branches = read_tree(path, taxa)
+    np.testing.assert_allclose(block_faith_pd(Block(table, branches, dtype='float64')), alpha_diversity('faith_pd', counts[:, order], **reference), rtol=1e-5, atol=1e-6)
     proportions = branch_proportions(table, branches)
     by_hand = generalized_by_hand(proportions, branches.lengths, alpha)
-    assert np.abs(whole([table], ranges, metric='generalized', alpha=alpha, block=block) - by_hand).max() <= 1e-5
+    assert np.abs(whole([table], branches, metric='generalized', alpha=alpha, block=block) - by_hand).max() <= 1e-5
     assert np.abs(generalized_unifrac(proportions, branches.lengths, alpha) - by_hand).max() <= 1e-5
     assert np.abs(weighted_unnormalized_unifrac(proportions, branches.lengths) - of_skbio('weighted_unifrac')).max() <= 1e-5
 
@@ -85,13 +84,13 @@ def test_odd_blocks_agree(tmp_path, metric):
     "More samples than a tile, more branches than a chunk."
     tips = [''.join('ACGT'[i >> 2*b & 3] for b in range(6)) for i in range(900)]
     (tmp_path/'tree.nwk').write_text(random_newick(tips, np.random.default_rng(0), longest=3))
-    ranges, counts = read_ranges(tmp_path/'tree.nwk', tips), random_community(301, 900)
-    one = whole([counts], ranges, metric=metric, alpha=.5, block=301)
-    assert len(ranges.lengths) > 1024
+    branches, counts = read_tree(tmp_path/'tree.nwk', tips), random_community(301, 900)
+    one = whole([counts], branches, metric=metric, alpha=.5, block=301)
+    assert len(branches.lengths) > 1024
     for block in 1, 77, 150:
-        if block > 1: assert np.abs(whole([counts], ranges, metric=metric, alpha=.5, block=block) - one).max() <= 1e-5
-        else: assert np.abs(whole([counts[:20]], ranges, metric=metric, alpha=.5, block=1) - one[:20, :20]).max() <= 1e-5
-    double = whole([counts], ranges, metric=metric, alpha=.5, block=301, dtype='float64')
+        if block > 1: assert np.abs(whole([counts], branches, metric=metric, alpha=.5, block=block) - one).max() <= 1e-5
+        else: assert np.abs(whole([counts[:20]], branches, metric=metric, alpha=.5, block=1) - one[:20, :20]).max() <= 1e-5
+    double = whole([counts], branches, metric=metric, alpha=.5, block=301, dtype='float64')
     assert np.abs(double - one).max() <= 1e-5
 
 
@@ -144,7 +143,7 @@ def test_every_kind_of_file_is_read_back(tmp_path, files, end, dtype):
     unifrac(**files, output=tmp_path/f'd{end}', dtype=dtype, metric='weighted_normalized')
     table = read_table(files['table'])
     read = read_distances(tmp_path/f'd{end}') # with its own IDs
-    wanted = whole([table.counts], read_ranges(files['tree'], table.sequences), metric='weighted_normalized')
+    wanted = whole([table.counts], read_tree(files['tree'], table.sequences), metric='weighted_normalized')
     assert np.abs(read.align(table.sample_ids) - wanted).max() <= (1e-3 if dtype == 'float16' else 1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f'd{end}', *(['d.ids.txt'] if end == '.npy' else [])])
     if end == '.npy': assert np.load(tmp_path/'d.npy').dtype == dtype
@@ -213,8 +212,8 @@ def test_mean_of_draws(tmp_path, files):
     from aam.table import rarefy
     unifrac(**files, output=tmp_path/'mean.npy', rarefy_depth=200, draws=3, dtype='float64')
     table = read_table(files['table'])
-    ranges = read_ranges(files['tree'], table.sequences)
-    single = [whole([rarefy(table, 200, 42, k).counts], ranges) for k in range(3)]
+    branches = read_tree(files['tree'], table.sequences)
+    single = [whole([rarefy(table, 200, 42, k).counts], branches) for k in range(3)]
     assert np.abs(np.load(tmp_path/'mean.npy') - np.mean(single, 0)).max() <= 1e-6 and np.abs(single[0] - single[1]).max() > 1e-3
     assert sorted(p.name for p in tmp_path.iterdir()) == ['mean.ids.txt', 'mean.npy']
 
@@ -342,9 +341,9 @@ def test_tensors_give_what_arrays_give(tmp_path, monkeypatch, metric, device):
     monkeypatch.setitem(blocks.chunk, 'cpu:0', 500)
     tips = [''.join('ACGT'[i >> 2*b & 3] for b in range(5)) for i in range(400)]
     (tmp_path/'tree.nwk').write_text(random_newick(tips, np.random.default_rng(0), longest=3))
-    ranges, counts = read_ranges(tmp_path/'tree.nwk', tips), random_community(90, 400)
+    branches, counts = read_tree(tmp_path/'tree.nwk', tips), random_community(90, 400)
     for alpha in (0., .5) if metric == 'generalized' else (1.,):
-        one, other = (whole([counts], ranges, metric=metric, alpha=alpha, block=40, device=d) for d in ('cpu', device))
+        one, other = (whole([counts], branches, metric=metric, alpha=alpha, block=40, device=d) for d in ('cpu', device))
         assert np.abs(one - other).max() <= 1e-5
-    pd = [block_faith_pd(Block(counts, ranges, d, 'float64')) for d in ('cpu', device)]
+    pd = [block_faith_pd(Block(counts, branches, d, 'float64')) for d in ('cpu', device)]
     np.testing.assert_allclose(*pd, rtol=1e-6)
