@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['log', 'distance_readers', 'distance_writers', 'unifrac_metrics', 'StoredMatrix', 'Distances', 'read_distances',
-           'write_distances', 'file_hash', 'draw_record', 'drawn_table', 'Branches', 'make_branches', 'read_nodes',
-           'read_tree', 'narrow', 'reads_before', 'reads_on', 'branch_presence', 'faith_pd', 'unweighted_unifrac',
-           'branch_proportions', 'weighted_unnormalized_unifrac', 'weighted_unifrac', 'generalized_unifrac',
-           'unifrac_distances']
+           'write_distances', 'file_hash', 'draw_record', 'drawn_table', 'Branches', 'make_branches', 'parse_newick',
+           'read_nodes', 'read_tree', 'narrow', 'reads_before', 'reads_on', 'branch_presence', 'faith_pd',
+           'unweighted_unifrac', 'branch_proportions', 'weighted_unnormalized_unifrac', 'weighted_unifrac',
+           'generalized_unifrac', 'unifrac_distances']
 
 # %% ../nbs/03_unifrac.ipynb #85b74123
-import csv, hashlib, json, logging, os, sys
+import csv, gzip, hashlib, json, logging, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 from scipy import sparse
-from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
 # %% ../nbs/03_unifrac.ipynb #0e52349d
@@ -107,6 +105,7 @@ def _read_hdf5(path, table_ids):
 
 def _read_text(path, table_ids):
     "IDs and matrix of a .csv or .tsv file with IDs on both axes."
+    import pandas as pd # here, because other kinds of files do without
     layout = dict(sep=',' if path.suffix == '.csv' else '\t', header=None, keep_default_na=False, encoding='utf-8-sig')
     columns = pd.read_csv(path, nrows=1, dtype=str, **layout).iloc[0, 1:].tolist()
     body = pd.read_csv(path, skiprows=1, dtype={0: str}, **layout)
@@ -237,28 +236,69 @@ def make_branches(
     return Branches(before[tips], *np.divmod(ranges, n + 1), np.bincount(branch, lengths[kept], len(ranges)))
 
 # %% ../nbs/03_unifrac.ipynb #54e5ff9e
+_newick_token = re.compile(r"(?P<skip>\s+|\[[^\[\]]*\])|(?P<mark>[(),:;])|'(?P<quoted>(?:[^']|'')*)'|(?P<bare>[^\s(),:;'\[\]]+)|(?P<strange>.)")
+
+def parse_newick(
+    text:str,
+) -> tuple[list[str], np.ndarray, np.ndarray]: # name of each node or '', parent of each node or -1, length above it (n_nodes,)
+    "The nodes of a newick tree in postorder; a missing length is 0, comments in brackets are ignored."
+    names, parents, lengths, siblings, below = [], [], [], [], []
+    name = length = None
+    after_colon = False
+    for found in _newick_token.finditer(text):
+        kind, token = found.lastgroup, found[0]
+        if kind == 'skip': continue
+        if kind in ('bare', 'quoted'):
+            if after_colon: length, after_colon = float(token), False
+            elif name is None and length is None: name = token if kind == 'bare' else found['quoted'].replace("''", "'")
+            else: raise ValueError(f'{token[:20]} stands where a comma should')
+        elif token == '(' and name is None and length is None and not below: siblings.append([])
+        elif token == ':' and length is None and not after_colon: after_colon = True
+        elif token in ',);' and not after_colon and (siblings if token != ';' else not siblings):
+            for child in below: parents[child] = len(names)
+            if siblings: siblings[-1].append(len(names))
+            names.append(name or ''); lengths.append(length or 0.); parents.append(-1)
+            below = siblings.pop() if token == ')' else []
+            name = length = None
+            if token == ';': return names, np.array(parents), np.array(lengths)
+        else: raise ValueError(f'{token} stands where it should not, before {text[found.end():][:20].strip() or "the end"}')
+    raise ValueError('no semicolon at its end')
+
+# %% ../nbs/03_unifrac.ipynb #b3000014
+def _root_at_midpoint(text):
+    "A newick tree, as from `parse_newick`, with its root midway between the two tips farthest apart."
+    import io
+    from skbio import TreeNode
+    nodes = list(TreeNode.read(io.StringIO(text), format='newick', convert_underscores=False).root_at_midpoint(reset=True).postorder())
+    place = {id(n): i for i, n in enumerate(nodes)}
+    parents = np.array([-1 if n.parent is None else place[id(n.parent)] for n in nodes], np.int64)
+    return [n.name or '' for n in nodes], parents, np.array([n.length or 0. for n in nodes])
+
 def _read_newick(path, root_midpoint=False):
-    "The rooted tree in a file."
-    from skbio import TreeNode # here, because it loads torch, which a run with a distance matrix may do without
+    "The rooted tree in a file, as from `parse_newick`."
     if not path.is_file(): raise AamError(f'{path}: no such file; give a rooted newick tree')
     with data_file(path, 'Phylogeny[Rooted]' + ' or Phylogeny[Unrooted]'*root_midpoint) as file:
-        try: root = TreeNode.read(str(file), format='newick', verify=False, convert_underscores=False)
-        except Exception as e: # scikit-bio lets decoding errors and others through
+        try:
+            content = file.read_bytes()
+            text = (gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content).decode('utf-8-sig')
+            tree = parse_newick(text)
+        except Exception as e: # of gzip, the decoding or the text
             raise AamError(f'{path}: not a readable newick tree ({reason(e)}); export it as newick and check that it was copied whole') from e
-    if len(root.children) <= 2: return root
+    branches_at_root = int((tree[1] == len(tree[1]) - 1).sum())
+    if branches_at_root <= 2: return tree
     if not root_midpoint:
-        raise AamError(f'{path}: the tree is unrooted ({len(root.children)} branches at its root); root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)')
+        raise AamError(f'{path}: the tree is unrooted ({branches_at_root} branches at its root); root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)')
     log.info(f'{path.name}: rooted at its midpoint')
-    return root.root_at_midpoint(reset=True)
+    return _root_at_midpoint(text)
 
-def _find_tips(path, nodes, sequences, sequence_of):
+def _find_tips(path, names, parents, sequences, sequence_of):
     "The node that bears each sequence, or an ID of it, as its name."
     wanted, place, repeats = set(sequences), {}, 0
-    for i, node in enumerate(nodes):
-        name = (node.name or '').strip()
-        if node.children or (sequence := normalise_sequence(sequence_of.get(name, name))) not in wanted: continue
+    for i in np.flatnonzero(np.bincount(parents[parents >= 0], minlength=len(names)) == 0).tolist():
+        name = names[i].strip()
+        if (sequence := normalise_sequence(sequence_of.get(name, name))) not in wanted: continue
         if sequence in place:
-            if name not in sequence_of or name == nodes[place[sequence]].name: raise AamError(f'{path}: tip {name[:30]} occurs twice; name each tip once')
+            if name not in sequence_of or name == names[place[sequence]].strip(): raise AamError(f'{path}: tip {name[:30]} occurs twice; name each tip once')
             repeats += 1
         place.setdefault(sequence, i)
     if repeats: log.warning(f'{path.name}: {repeats} tips have the sequence of another tip; the first of each stands for all')
@@ -278,14 +318,11 @@ def read_nodes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # the node of each ASV (A,); parent of each node, -1 at the root, and length above it (n_nodes,)
     "A tree as arrays, its nodes in postorder; a missing length is 0."
     path = Path(path)
-    root = _read_newick(path, root_midpoint)
-    nodes = list(root.postorder())
-    place = {id(n): i for i, n in enumerate(nodes)}
-    parents = np.array([-1 if n.parent is None else place[id(n.parent)] for n in nodes], np.int64)
-    lengths = np.array([n.length or 0. for n in nodes])
+    names, parents, lengths = _read_newick(path, root_midpoint)
+    if not np.isfinite(lengths).all(): raise AamError(f'{path}: the tree has branch lengths that are no numbers; build it again')
     if (lengths < 0).any(): raise AamError(f'{path}: the tree has branches of negative length; build it with a method that gives none')
     if not lengths.any(): raise AamError(f'{path}: the tree has no branch lengths; UniFrac needs them')
-    return _find_tips(path, nodes, sequences, sequence_of or {}), parents, lengths
+    return _find_tips(path, names, parents, sequences, sequence_of or {}), parents, lengths
 
 def read_tree(
     path:str|Path, # rooted newick tree, or .qza of one
@@ -373,6 +410,7 @@ def weighted_unnormalized_unifrac(
     lengths:np.ndarray, # (n_branches,)
 ) -> np.ndarray: # float32, (N, N), in units of branch length
     "Weighted UniFrac between all samples, not divided by anything (Lozupone et al. 2007)."
+    from scipy.spatial.distance import cdist # here, because it loads a quarter of SciPy
     moved = np.ascontiguousarray(proportions * lengths)
     return cdist(moved, moved, 'cityblock').astype(np.float32)
 

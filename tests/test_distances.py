@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -347,3 +348,11 @@ def test_tensors_give_what_arrays_give(tmp_path, monkeypatch, metric, device):
         assert np.abs(one - other).max() <= 1e-5
     pd = [block_faith_pd(Block(counts, branches, d, 'float64')) for d in ('cpu', device)]
     np.testing.assert_allclose(*pd, rtol=1e-6)
+
+
+def test_a_run_on_a_cpu_loads_no_pytorch(tmp_path, files):
+    "Nor scikit-bio, pandas or SciPy's statistics: they would take most of the time of a small table."
+    words = ['unifrac', '--table', files['table'], '--tree', files['tree'], '--output', tmp_path/'d.h5', '--device', 'cpu', '--metric', 'weighted_normalized']
+    code = f'import sys; from aam.cli import main; assert main({[str(w) for w in words]}) == 0; print(sorted({{"torch", "skbio", "pandas", "scipy.stats", "scipy.spatial"}} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == '[]', done.stdout + done.stderr

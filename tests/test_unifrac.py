@@ -1,4 +1,5 @@
 "Guards of aam.unifrac: scikit-bio as the reference, distance files joined by ID."
+import gzip
 import io
 import logging
 import time
@@ -14,7 +15,7 @@ from skbio.diversity import alpha_diversity, beta_diversity
 
 from aam.config import AamError
 from aam.table import make_table, rarefy, read_table
-from aam.unifrac import (Distances, StoredMatrix, branch_presence, faith_pd, make_branches, read_distances, read_tree,
+from aam.unifrac import (Distances, StoredMatrix, branch_presence, faith_pd, make_branches, parse_newick, read_distances, read_tree,
                          unifrac_distances, unweighted_unifrac, write_distances)
 
 data = Path(__file__).parents[2]/'shared'/'data'
@@ -93,6 +94,13 @@ def test_order_of_asvs_does_not_matter(tmp_path):
     assert np.abs(a - b).max() <= 1e-6
 
 
+def test_a_gzipped_tree(tmp_path):
+    table, branches, _ = community(tmp_path, 20, 3, seed=3)
+    (tmp_path/'tree.nwk.gz').write_bytes(gzip.compress((tmp_path/'tree.nwk').read_bytes()))
+    again = read_tree(tmp_path/'tree.nwk.gz', table.sequences)
+    assert (again.start == branches.start).all() and (again.lengths == branches.lengths).all()
+
+
 def test_a_deep_tree_does_not_exhaust_the_stack(tmp_path):
     rng = np.random.default_rng(0)
     tips = sorted({''.join(s) for s in rng.choice(list('ACGT'), (3000, 12))})
@@ -117,6 +125,23 @@ def test_the_work_does_not_grow_with_depth():
     assert time.process_time() - begun < 5
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_newick_is_read_as_scikit_bio_reads_it(data):
+    "Quoted names with any letters, comments, blanks, missing lengths, inner names, single children."
+    blank = st.sampled_from(['', ' ', '\n', '[a (comment), with: marks;]', ' \t'])
+    bare, quoted = st.text('ACGT_.-|0', max_size=4), st.text("A(),:;' []_é", max_size=5).map(lambda s: "'q" + s.replace("'", "''") + "'") # a q, for scikit-bio takes ',' for a comma
+    length = st.one_of(st.just(''), st.sampled_from([':0', ':1.5', ':1e-3', ' : 2']))
+    node = st.tuples(blank, st.one_of(bare, quoted), length, blank).map(''.join)
+    tree = st.recursive(node, lambda inner: st.tuples(st.lists(inner, min_size=1, max_size=4), node).map(lambda x: f"({','.join(x[0])}){x[1]}"), max_leaves=12)
+    text = f"({','.join(data.draw(st.lists(tree, min_size=1, max_size=3)))});"
+    nodes = list(TreeNode.read(io.StringIO(text), format='newick', verify=False, convert_underscores=False).postorder())
+    place = {id(n): i for i, n in enumerate(nodes)}
+    names, parents, lengths = parse_newick(text)
+    assert names == [n.name or '' for n in nodes] and list(lengths) == [n.length or 0 for n in nodes]
+    assert list(parents) == [-1 if n.parent is None else place[id(n.parent)] for n in nodes]
+
+
 def test_tip_names_are_normalised(tmp_path):
     (tmp_path/'tree.nwk').write_text("(('aaau':1,AAAC:1):1,acgu:2);")
     branches = read_tree(tmp_path/'tree.nwk', ['AAAC', 'AAAT', 'ACGT'])
@@ -130,6 +155,11 @@ def test_tip_names_are_normalised(tmp_path):
     ('((AAAA:1,AAAC:-1):1,AAAG:1);', 'negative'),
     ('((AAAA:1,AAAA:1):1,AAAG:1);', 'occurs twice'),
     ('((AAAA:1,AAAC:1):1,AAAG', 'not a readable newick tree'),
+    ('((AAAA:1,AAAC:nan):1,AAAG:1);', 'no numbers'),
+    ('((AAAA:1,AAAC:inf):1,AAAG:1);', 'no numbers'),
+    ('((AAAA:1,AAAC:one):1,AAAG:1);', 'not a readable newick tree'),
+    ('((AAAA:1 AAAC:1):1,AAAG:1);', 'not a readable newick tree'),
+    ('((AAAA:1,AAAC:1):1,AAAG:1));', 'not a readable newick tree'),
     ('', 'not a readable newick tree'),
 ])
 def test_trees_that_are_refused(tmp_path, newick, message):
