@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .config import (AamError, CategoryOptions, EncoderOptions, InputOptions, Number, Options, SplitOptions, TargetOptions, build_options, choice, command,
-                        device_names, option_name, preset_names, target_transform_names)
+                        device_names, option_name, preset_names, target_transform_names, unifrac_options, unifrac_source)
 
 # %% ../nbs/37_check.ipynb #705a53f2
 @dataclass
@@ -115,14 +115,19 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
     report.facts['sequences'] = facts
 
 def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_ids:list):
-    "Whether the matrix is about the samples of the table."
-    from aam.diagnosis import matrix_facts, matrix_findings
+    "Whether the matrix, or the diversities, are about the samples of the table."
+    from aam.diagnosis import diversity_facts, diversity_findings, matrix_facts, matrix_findings
+    if inputs.diversities is not None:
+        facts = diversity_facts(inputs, input.rarefy_depth or inputs.depth)
+        report.findings += diversity_findings(facts, input.faith_pd)
+        report.facts['matrix'] = dict(metric=metric, file=Path(input.faith_pd).name, **(facts or {}))
+        return
     if inputs.distances is None:
-        report.facts['matrix'] = dict(tree=Path(input.tree).name if input.tree else None)
+        report.facts['matrix'] = dict(metric=metric, tree=Path(input.tree).name if input.tree else None)
         return
     facts = matrix_facts(inputs.table, inputs.distances, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
     report.findings += matrix_findings(facts, input.unifrac_matrix, metric)
-    report.facts['matrix'] = dict(file=Path(input.unifrac_matrix).name, **(facts or {}))
+    report.facts['matrix'] = dict(metric=metric, file=Path(input.unifrac_matrix).name, **(facts or {}))
 
 # %% ../nbs/37_check.ipynb #c5243f41
 def check_target(report:Report, inputs, o:CheckOptions):
@@ -220,7 +225,7 @@ def check_fitting(report:Report, inputs, o:CheckOptions, target, actual, parts):
     if parts is None: return
     place = {s: i for i, s in enumerate(inputs.sample_ids)}
     (fit, stop), reads = ([place[s] for s in ids] for ids in (parts.fit, parts.stop)), inputs.table.reads
-    if (inputs.distances is not None or inputs.branches is not None) and (reads[fit] >= inputs.depth).sum() < 3:
+    if inputs.unifrac_known and (reads[fit] >= inputs.depth).sum() < 3:
         report.add('error', f'fewer than three samples to fit on reach the rarefaction depth of {inputs.depth} reads, too few for UniFrac: lower --rarefy-depth')
     if target is None: return
     try:
@@ -317,8 +322,7 @@ def check_cost(report:Report, inputs, o:CheckOptions, input:InputOptions, encode
     device = pick_device(o.device)
     distinct, longest = batch_size_facts(inputs, o.batch_size, input.token_limit)
     length = min(encoder.max_bp, max(map(len, inputs.table.sequences)))
-    has_distances = inputs.distances is not None or inputs.branches is not None
-    tasks = (*(('target',) if target else ()), *(('unifrac',) if has_distances else ()), 'count', 'nuc')
+    tasks = (*(('target',) if target else ()), *(('unifrac',) if inputs.unifrac_known else ()), 'count', 'nuc')
     rows, width, layers = o.batch_size*(1 + bool(target)), encoder.embedding_dim, encoder.attention_layers
     asv, sample = (block_seconds(width, encoder.attention_heads, int(n), device) for n in (length, longest))
     convolution = .75*encoder.local_view # of a block's multiplications
@@ -383,10 +387,11 @@ def show_sequences(facts:dict) -> list[str]:
 
 def show_matrix(facts:dict) -> list[str]:
     f = facts['matrix']
+    title = "Faith's phylogenetic diversity" if f['metric'] == 'faith_pd' else 'Distances'
     if 'file' not in f:
-        return ['Distances', f"  {f['tree']}: computed from each rarefaction" if f['tree'] else '  none given: train goes without the UniFrac loss, pretrain needs --tree or --unifrac-matrix']
-    if 'correlation' not in f: return ['Distances', f"  {f['file']}: could not be compared"]
-    return ['Distances', f"  {f['file']}  rank correlation with {f['compared_with']} {f['correlation']:.2f} ({f['samples']} samples; rows shuffled at random reach {f['by_chance']:.2f})"]
+        return [title, f"  {f['tree']}: computed from each rarefaction" if f['tree'] else f"  none given: train goes without the UniFrac loss, pretrain needs {unifrac_options(f['metric'])}"]
+    if 'correlation' not in f: return [title, f"  {f['file']}: could not be compared"]
+    return [title, f"  {f['file']}  rank correlation with {f['compared_with']} {f['correlation']:.2f} ({f['samples']} samples; rows shuffled at random reach {f['by_chance']:.2f})"]
 
 def show_target(facts:dict) -> list[str]:
     lines = []
@@ -460,7 +465,7 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     "Reads everything a run would and looks at it."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
-    from aam.inputs import drop_shallow, read_inputs
+    from aam.inputs import check_complete, drop_shallow, read_inputs
     from aam.metadata import get_column, read_metadata
     from aam.table import table_paths
     from aam.train import warn_of_seen
@@ -468,13 +473,15 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     with catch_warnings(report):
         pretrained = load_checkpoint(o.pretrained_encoder, kinds=('pretrain', 'train')) if o.pretrained_encoder else None
         if pretrained: encoder = pretrained_options(pretrained, encoder)
-        inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata)
+        unifrac_source(input, encoder)
+        inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata, complete=False)
         check_columns(inputs, o)
         check_sequences(report, inputs, input, encoder.max_bp)
         check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
         if input.rarefy_depth: inputs.depth = input.rarefy_depth
         check_depth(report, inputs, get_column(inputs.frame, o.columns[0]) if o.classifier else None, input.rarefy_depth)
         if input.rarefy_depth: drop_shallow(inputs, input)
+        check_complete(inputs, input)
         target, actual = check_target(report, inputs, o)
         parts = check_split(report, inputs, split, target, actual, o.seed)
         check_fitting(report, inputs, o, target, actual, parts)

@@ -245,7 +245,7 @@ class Model(nn.Module):
         return batch.states or sample_states(self.encode(batch), batch, self.options.embedding_dim)
 
     def forward(self, batch) -> dict:
-        "Outputs by task; `unifrac_embedding` lets distances to other batches be computed."
+        "Outputs by task; `unifrac_embedding` lets distances to samples of other batches be computed."
         if self.frozen or batch.states is not None: return dict(target=self.heads['target'](self.states(batch), batch.offset, batch.categories))
         encoded, out = self.encode(batch), {}
         if 'target' in batch.views: out['target'] = self.heads['target'](sample_states(encoded, batch, self.options.embedding_dim), batch.offset, batch.categories)
@@ -254,7 +254,7 @@ class Model(nn.Module):
             out['count'] = self.heads['count'](encoded.asv, batch.candidates, encoded.states[rows], encoded.mask[rows])
         if 'unifrac' in batch.views:
             b = out['unifrac_embedding'] = self.heads['unifrac'].embed(encoded, batch.rows('unifrac'))
-            out['unifrac'] = self.heads['unifrac'].distance(b, b)
+            out['unifrac'] = self.heads['unifrac'].predicted(b)
         if batch.nuc_positions is not None: out['nuc'] = self.heads['nuc'](encoded.masked_bases)
         return out
 

@@ -19,7 +19,7 @@ from skbio.diversity import alpha_diversity, beta_diversity
 from aam.blocks import Block, block_distances, block_faith_pd, block_size
 from aam.cli import main
 from aam.config import AamError, EncoderOptions, InputOptions
-from aam.data import SampleData, all_distances, view_draw
+from aam.data import SampleData, all_unifrac, view_draw
 from aam.distances import unifrac
 from aam.inputs import read_inputs, sample_data
 from aam.table import read_table, write_table
@@ -175,7 +175,7 @@ def test_the_draw_is_that_of_training(tmp_path, files, end):
     deep = [s for s, n in zip(table.sample_ids, table.reads) if n >= 400]
     assert sorted(read.sample_ids) == sorted(deep)
     data = SampleData(table.select(deep), 400, rarefy_seed=7, branches=read_tree(files['tree'], table.sequences))
-    wanted = all_distances(data, range(len(deep)))
+    wanted = all_unifrac(data, range(len(deep)))
     ours = read.align(deep)
     np.fill_diagonal(ours, np.nan)
     assert np.nanmax(np.abs(ours - wanted)) <= 1e-5 and np.isfinite(wanted).any()

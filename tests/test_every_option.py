@@ -27,7 +27,7 @@ from aam.layers import Block
 from aam.optim import Schedule
 from aam.predictor import Model, TargetHead
 from aam.table import read_table
-from aam.unifrac import read_distances
+from aam.unifrac import read_distances, read_faith_pd
 
 torch.set_num_threads(1)
 here = Path(__file__).parent
@@ -103,6 +103,7 @@ profiles = {
     'd': f'{base} --rarefy-seed 7 --no-gradient-checkpointing',
     'e': f'{base} --seed 7',
     'f': f'{base} --unifrac-metric generalized --unifrac-alpha 0.25',
+    'g': f'{base} --unifrac-metric faith_pd --faith-pd DIVERSITIES',
     'preset': '--preset small --embedding-dim 8 --attention-heads 2 --kmer-dim 4 --max-bp 16 --epochs 1 --device cpu',
 }
 files = {'pretrain': '--table SURVEY/table.biom --metadata SURVEY/metadata.tsv --tree SURVEY/tree.nwk',
@@ -114,7 +115,7 @@ def place(survey, tmp_path_factory):
     folder = tmp_path_factory.mktemp('options')
     ids = read_table(survey/'table.biom').sample_ids
     for name, part in dict(train=ids[:24], val=ids[24:34], test=ids[34:40]).items(): (folder/f'{name}.txt').write_text('\n'.join(part) + '\n')
-    return lambda text: text.replace('SURVEY', str(survey)).replace('MATRIX', str(survey/'unifrac.h5')).replace('LISTS', str(folder)).split()
+    return lambda text: text.replace('SURVEY', str(survey)).replace('MATRIX', str(survey/'unifrac.h5')).replace('DIVERSITIES', str(survey/'faith_pd.tsv')).replace('LISTS', str(folder)).split()
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +127,7 @@ def runs(place, tmp_path_factory):
         if (command, profile) not in done:
             folder = tmp_path_factory.mktemp('run')/profile
             given = place(files[command] + ' ' + profiles[profile])
-            if profile == 'b': del given[given.index('--tree'):given.index('--tree') + 2]
+            if profile in 'bg': del given[given.index('--tree'):given.index('--tree') + 2]
             watch = Watch().run(command, *given, '--output-dir', folder)
             done[command, profile] = types.SimpleNamespace(**vars(watch), **vars(Files(folder)), files=Files(folder))
         return done[command, profile]
@@ -207,6 +208,12 @@ def of_matrix(run, place_of):
     return same(r), same(run('base'))
 
 
+def of_file(run, place_of):
+    batch, values = run('g').trained[-1], read_faith_pd(place_of('DIVERSITIES')[0])
+    known = batch.unifrac.isfinite().numpy()
+    return known.any() and np.allclose(batch.unifrac.numpy()[known], values[batch.sample_ids][known], rtol=1e-5) and type(run('g').model.heads['unifrac']).__name__ == 'DiversityHead'
+
+
 def drawn(run):
     "Reads of a validation sample at another seed."
     a, b = run('base'), run('d')
@@ -230,6 +237,7 @@ effects = { # option: (profiles to be compared) -> whether it has its effect
     'table': lambda run, place: len(run('base').files.ids('train')) + len(run('base').files.ids('val')) in (47, 48),
     'tree': lambda run, place: not of_matrix(run, place)[1],
     'unifrac-matrix': lambda run, place: of_matrix(run, place)[0],
+    'faith-pd': of_file,
     'metadata': groups_whole,
     'token-limit': lambda run, place: widest(run('a')) == 7 < widest(run('base')),
     'asv-sampling': lambda run, place: shares_read(run('a')) > 1.05*shares_read(run('c')),
