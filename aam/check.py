@@ -114,9 +114,11 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
         report.add('note', f"{alike.sum()} of {len(alike)} ASVs ({100*facts['max_bp']['reads_alike']:.1f} % of the reads) begin with the same {max_bp} bases (--max-bp) as another: the nucleotide stack sees them alike; --max-bp {facts['max_bp']['all_apart_at']} tells all apart")
     report.facts['sequences'] = facts
 
-def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_ids:list):
+def check_matrix(report:Report, inputs, input:InputOptions, encoder:EncoderOptions, frame_ids:list):
     "Whether the matrix, or the diversities, are about the samples of the table."
-    from aam.diagnosis import diversity_facts, diversity_findings, matrix_facts, matrix_findings
+    from aam.diagnosis import diversity_facts, diversity_findings, matrix_facts, matrix_findings, record_findings
+    metric = encoder.unifrac_metric
+    report.findings += record_findings(input, metric, encoder.unifrac_alpha)
     if inputs.diversities is not None:
         facts = diversity_facts(inputs, input.rarefy_depth or inputs.depth)
         report.findings += diversity_findings(facts, input.faith_pd)
@@ -465,7 +467,7 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     "Reads everything a run would and looks at it."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
-    from aam.inputs import check_complete, drop_shallow, read_inputs
+    from aam.inputs import check_complete, drop_shallow, read_inputs, with_recorded_depth
     from aam.metadata import get_column, read_metadata
     from aam.table import table_paths
     from aam.train import warn_of_seen
@@ -474,14 +476,14 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
         pretrained = load_checkpoint(o.pretrained_encoder, kinds=('pretrain', 'train')) if o.pretrained_encoder else None
         if pretrained: encoder = pretrained_options(pretrained, encoder)
         unifrac_source(input, encoder)
-        inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata, complete=False)
+        input = with_recorded_depth(input)
+        inputs = read_inputs(input, o.metadata, complete=False)
         check_columns(inputs, o)
         check_sequences(report, inputs, input, encoder.max_bp)
-        check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
-        if input.rarefy_depth: inputs.depth = input.rarefy_depth
         check_depth(report, inputs, get_column(inputs.frame, o.columns[0]) if o.classifier else None, input.rarefy_depth)
-        if input.rarefy_depth: drop_shallow(inputs, input)
+        drop_shallow(inputs, input)
         check_complete(inputs, input)
+        check_matrix(report, inputs, input, encoder, None if o.metadata is None else list(read_metadata(o.metadata).index))
         target, actual = check_target(report, inputs, o)
         parts = check_split(report, inputs, split, target, actual, o.seed)
         check_fitting(report, inputs, o, target, actual, parts)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'distance_readers', 'distance_writers', 'diversity_suffixes', 'unifrac_metrics', 'StoredMatrix', 'Distances',
-           'read_distances', 'write_distances', 'file_hash', 'draw_record', 'drawn_table', 'read_faith_pd', 'Branches',
+           'read_distances', 'write_distances', 'file_hash', 'read_record', 'drawn_table', 'read_faith_pd', 'Branches',
            'make_branches', 'parse_newick', 'read_nodes', 'read_tree', 'narrow', 'reads_before', 'reads_on',
            'branch_presence', 'faith_pd', 'unweighted_unifrac', 'branch_proportions', 'weighted_unnormalized_unifrac',
            'weighted_unifrac', 'generalized_unifrac', 'unifrac_distances']
@@ -183,22 +183,21 @@ def file_hash(path:str|Path) -> str: # hexadecimal
     "SHA-256 of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(f.read()).hexdigest()
 
-def draw_record(path:str|Path) -> dict|None: # rarefied_table (a name in the same folder), rarefied_sha256, rarefy_depth, rarefy_seed
-    "What `aam unifrac` noted about the rarefaction behind a distance matrix."
+def read_record(path:str|Path) -> dict: # metric, alpha, rarefy_depth, rarefy_seed, draws, rarefied_table (a name in the same folder), rarefied_sha256: those that apply
+    "What `aam unifrac` noted about a file it wrote."
     path = Path(path)
     try:
         if path.suffix in ('.h5', '.hdf5'):
-            with h5py.File(path) as f: noted = dict(f.attrs)
-        else: noted = json.loads(Path(f'{path}.json').read_text())
-        return noted if {'rarefied_table', 'rarefied_sha256'} <= noted.keys() else None
-    except (OSError, ValueError, AttributeError): return None # no record that could be read
+            with h5py.File(path) as f: return {key: value.item() if hasattr(value, 'item') else value for key, value in f.attrs.items()}
+        return dict(json.loads(Path(f'{path}.json').read_text()))
+    except (OSError, ValueError, TypeError): return {} # no record that could be read
 
 def drawn_table(
     path:str|Path, # distance matrix
 ) -> Table|None:
     "The rarefied table behind a distance matrix, if there is one; an `AamError` if it is not the one that was used."
-    noted = draw_record(path)
-    if noted is None: return None
+    noted = read_record(path)
+    if not {'rarefied_table', 'rarefied_sha256'} <= noted.keys(): return None
     table = Path(path).parent/Path(str(noted['rarefied_table'])).name # never outside the folder
     if not table.is_file():
         log.warning(f'{Path(path).name}: its rarefied table {table.name} is not beside it; reads are drawn anew, and are not quite those that it is about')
