@@ -160,6 +160,8 @@ def test_check_drops_what_pretrain_drops(aam, survey, tmp_path):
     aam('unifrac', *words, '--tree', survey/'tree.nwk', '--metric', 'faith_pd', '--output', tmp_path/'pd.tsv')
     assert aam('check', *words, '--faith-pd', tmp_path/'pd.tsv', *faith, '--device', 'cpu').returncode == 0
     aam('pretrain', *words, '--faith-pd', tmp_path/'pd.tsv', *faith, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run')
+    aam('pretrain', *words[:2], '--faith-pd', tmp_path/'pd.tsv', *faith, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'same') # the file says its depth
+    (tmp_path/'pd.tsv.json').unlink() # and this one does not
     said = aam('pretrain', *words[:2], '--faith-pd', tmp_path/'pd.tsv', *faith, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'other', fails=True)
     lost = 48 - len(read_table(tmp_path/'pd.tsv.rarefied.biom'))
     assert said.returncode == 2 and f'pd.tsv: lacks {lost} of 48 samples (' in said.err and 'or drop samples with few reads by the same --rarefy-depth' in said.err
@@ -205,6 +207,17 @@ def test_ids_stay_text(tmp_path):
     for text in '001\t2.5\n1\t0\n', 'sample name\tanything\n001\t2.5\n1\t0\n', '\ufeff\tfaith_pd\r\n001\t2.5\r\n1\t0\r\n':
         (tmp_path/'pd.txt').write_text(text, newline='', encoding='utf-8')
         assert dict(read_faith_pd(tmp_path/'pd.txt')) == {'001': 2.5, '1': 0.}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_gpu(aam, survey, tmp_path):
+    "Recorded steps in bf16 learn it as well; the final scores are those of fp32."
+    tiny = [w for w in aam.tiny if w not in ('--device', 'cpu')]
+    said = aam('pretrain', '--table', survey/'table.biom', '--tree', survey/'tree.nwk', *faith, *tiny, '--epochs', 12, '--lr', 3e-3, '--output-dir', tmp_path/'run')
+    assert 'cannot be recorded' not in said.err
+    scores = json.loads((tmp_path/'run'/'scores.json').read_text())['validation']
+    assert scores['faith_pd_r2'] > .6 and scores['faith_pd_mae'] < .6*scores['faith_pd_mean_mae']
 
 
 @pytest.mark.slow

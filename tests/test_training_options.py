@@ -535,7 +535,7 @@ def test_head_learns_its_metric(metric, alpha):
     spread = float(np.nanvar(learnt_unifrac(plan.batch(0, 0).unifrac).numpy()))
     t = Training(model, Objective(dict(unifrac=1.), unifrac_variance=spread), plan, plan, TrainingOptions(lr=1e-2, epochs=200, warmup_steps=0))
     losses = [float(train_step(t, [plan.batch(0, 0)], Meter())[0]) for _ in range(150)]
-    assert losses[-1] < .2 < losses[0]
+    assert losses[-1] < min(.2, losses[0]/3)
 
 
 def test_pretrained_metric_must_agree(aam, inputs, pretrained, tmp_path):
