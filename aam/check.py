@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['subject_words', 'sections', 'CheckOptions', 'Report', 'catch_warnings', 'check_sequences', 'check_matrix',
            'check_target', 'class_facts', 'number_facts', 'target_findings', 'check_split', 'group_findings',
-           'forgotten_groups', 'check_fitting', 'check_technical', 'depth_facts', 'check_depth', 'batch_size_facts',
-           'block_seconds', 'parameters_of', 'check_cost', 'duration', 'counted', 'histogram_text', 'lines_up',
-           'show_losses', 'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical', 'show_depth',
-           'show_cost', 'report_text', 'check_columns', 'examine', 'losses', 'check']
+           'forgotten_groups', 'check_fitting', 'check_technical', 'depth_facts', 'check_depth', 'batch_facts',
+           'block_seconds', 'parameters_of', 'memory_bytes', 'check_cost', 'duration', 'counted', 'histogram_text',
+           'lines_up', 'show_losses', 'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical',
+           'show_depth', 'show_cost', 'report_text', 'check_columns', 'examine', 'losses', 'check']
 
 # %% ../nbs/37_check.ipynb #1d345bef
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -280,19 +280,16 @@ def check_depth(report:Report, inputs, classes, asked:int|None):
         report.add('warning', f'--rarefy-depth {asked} keeps classes unequally ({kept}); a lower depth, or none, loses less')
 
 # %% ../nbs/37_check.ipynb #b3e4fef7
-def batch_size_facts(inputs, batch_size:int, token_limit:int, draws:int=8) -> tuple[float, float]:
-    "Distinct ASVs in a batch, and ASVs in its longest sample, on average."
+def batch_facts(inputs, input:InputOptions, encoder:EncoderOptions, target:bool, batch_size:int, draws:int=8) -> list: # (draws, 4)
+    "Of some batches as a run would make them: distinct ASVs, rows of tokens, samples in all views, ASVs in the longest sample."
     import numpy as np
-    from aam.table import unifrac_draw
-    rng, found = np.random.default_rng(0), []
-    for k in range(draws):
-        rows = []
-        for i in rng.permutation(len(inputs.table))[:batch_size]:
-            asvs, counts = inputs.table.row(i)
-            rows.append(asvs[unifrac_draw(counts, inputs.depth, 0, k, inputs.sample_ids[i]) > 0][:token_limit])
-        found.append((len(np.unique(np.concatenate(rows))), max(map(len, rows))))
-    distinct, longest = np.mean(found, 0)
-    return float(distinct), max(float(longest), 1.)
+    from aam.data import make_batch
+    from aam.inputs import sample_data
+    data = sample_data(inputs, input, encoder, 0, unifrac_metric=encoder.unifrac_metric, unifrac_alpha=encoder.unifrac_alpha)
+    data.set_prevalence(inputs.sample_ids)
+    views, rng = (*['target']*target, 'count', *['unifrac']*inputs.unifrac_known), np.random.default_rng(0)
+    batches = [make_batch(data, rng.permutation(len(inputs.table))[:batch_size], views, True, k, k, training=True) for k in range(draws)]
+    return np.array([(len(b.token_row), len(b.tokens), *b.index.shape) for b in batches])
 
 def block_seconds(width:int, heads:int, length:int, device:str) -> float:
     "Time of one block for one row of `length` tokens, forwards."
@@ -317,27 +314,36 @@ def parameters_of(encoder:EncoderOptions, tasks:tuple, outputs:int) -> int:
     one, two = (sum(p.numel() for p in Model(replace(encoder, attention_layers=n), tasks, outputs).parameters()) for n in (1, 2))
     return one + (encoder.attention_layers - 1)*(two - one)
 
+def memory_bytes(encoder:EncoderOptions, o:CheckOptions, device:str, parameters:int, rows:int, bases:int, asvs:int) -> float:
+    "Memory at the height of a step, for `rows` of tokens and `asvs` in all samples together; factors fitted to measured peaks, within a quarter of them."
+    width, layers, half = encoder.embedding_dim, encoder.attention_layers, device == 'cuda'
+    tokens, chunk = rows*bases + 2*asvs, min(o.asv_chunk_size or rows, rows)*bases
+    if not o.gradient_checkpointing: kept, passing = tokens*layers*(42 if half else 80)*width, 0
+    else:
+        each = (4*width*(layers + 2) + 260)/(1 + half)
+        if not half and chunk*width*4 < 2**25: each = 20*width*layers # glibc takes arrays under 32 MB from a heap, which they leave in pieces
+        kept, passing = tokens*each, max(chunk, asvs)*(100 if half else 85)*width
+    return (22 if half else 20)*parameters + kept + passing # weights, their mean, gradients, two moments of Adam
+
 def check_cost(report:Report, inputs, o:CheckOptions, input:InputOptions, encoder:EncoderOptions, target, fit:int, stop:int):
     "Steps, time and memory of a run."
     import torch
     from aam.session import pick_device
-    device = pick_device(o.device)
-    distinct, longest = batch_size_facts(inputs, o.batch_size, input.token_limit)
+    device, layers = pick_device(o.device), encoder.attention_layers
+    batches = batch_facts(inputs, input, encoder, target is not None, o.batch_size)
+    distinct, rows, samples, longest = map(float, batches.mean(0))
     length = min(encoder.max_bp, max(map(len, inputs.table.sequences)))
     tasks = (*(('target',) if target else ()), *(('unifrac',) if inputs.unifrac_known else ()), 'count', 'nuc')
-    rows, width, layers = o.batch_size*(1 + bool(target)), encoder.embedding_dim, encoder.attention_layers
-    asv, sample = (block_seconds(width, encoder.attention_heads, int(n), device) for n in (length, longest))
+    asv, sample = (block_seconds(encoder.embedding_dim, encoder.attention_heads, max(1, int(n)), device) for n in (length, longest))
     convolution = .75*encoder.local_view # of a block's multiplications
-    forward = 1.1*distinct*asv*(layers + convolution) + 2*rows*sample*layers # the nucleotide task encodes a tenth of the ASVs again
+    forward = rows*asv*(layers + convolution) + 2*samples*sample*layers
     steps = -(-fit//o.batch_size)
     epoch = steps*forward*(4 if o.gradient_checkpointing else 3) + -(-stop//o.batch_size)*forward
     parameters = parameters_of(encoder, tasks, target.outputs if target else 0)
-    tokens = 1.1*distinct*length + 2*rows*longest
-    chunk = min(o.asv_chunk_size or distinct, distinct)*length
-    kept = tokens*layers*4*width + max(chunk, rows*longest)*160*width if o.gradient_checkpointing else tokens*layers*120*width
+    memory = memory_bytes(encoder, o, device, parameters, int(batches[:, 1].max()), length, int((batches[:, 2]*batches[:, 3]).max()))
     data = sum(map(len, inputs.table.sequences))*3 + 4*len(inputs.table)**2*(inputs.distances is not None)
     report.facts['cost'] = dict(device=torch.cuda.get_device_name() if device == 'cuda' else f'this CPU ({torch.get_num_threads()} of its cores)', parameters=parameters,
-        steps_per_epoch=steps, asvs_per_batch=round(distinct), bases=length, seconds_per_epoch=epoch, seconds=epoch*o.epochs, epochs=o.epochs, memory_gb=(20*parameters + kept + data)/2**30 + .5) # half a GB of libraries
+        steps_per_epoch=steps, asvs_per_batch=round(distinct), bases=length, seconds_per_epoch=epoch, seconds=epoch*o.epochs, epochs=o.epochs, memory_gb=(memory + data)/2**30 + .55) # half a GB of libraries
 
 # %% ../nbs/37_check.ipynb #223ba1b2
 def duration(seconds:float) -> str:
