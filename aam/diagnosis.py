@@ -9,7 +9,7 @@ __all__ = ['log', 'levels', 'primers', 'region_starts', 'Finding', 'reverse_comp
            'row_correlations', 'usual_orders', 'order_facts', 'best_order', 'rearranged_correlation', 'rearrangement',
            'matrix_facts', 'matrix_findings', 'metric_findings', 'diversity_facts', 'diversity_findings',
            'technical_columns', 'mean_of_others', 'majority_of_others', 'group_prediction', 'technical_finding',
-           'quick_check']
+           'record_findings', 'quick_check']
 
 # %% ../nbs/17_diagnosis.ipynb #a0fd58ad
 import logging, re
@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 from .config import AamError, InputOptions
 from .inputs import Inputs
 from .table import Table, choose_asvs, default_depth, draw_rng, rarefy
-from .unifrac import Distances, unifrac_distances
+from .unifrac import Distances, read_record, unifrac_distances
 
 log = logging.getLogger('aam')
 
@@ -270,7 +270,7 @@ def matrix_findings(
     moved = facts['rearranged']
     if moved['after'] - moved['before'] > (.15 if moved['compared_with'] == 'Bray-Curtis' else .05) + 1/moved['samples']:
         return [Finding('error', f"{name}: part of its rows are not the samples of the table in their order (rank correlation with {moved['compared_with']} {moved['before']:.2f}, with its rows rearranged {moved['after']:.2f}): {remedy}")]
-    return metric_findings(name, facts['correlations'], metric) or ([Finding('warning', f'{name}: follows the ASVs of the samples weakly ({said} {r:.2f}); is it UniFrac of this table?')] if r < .3 else [])
+    return metric_findings(name, facts['correlations'], None if read_record(path).get('metric') else metric) or ([Finding('warning', f'{name}: follows the ASVs of the samples weakly ({said} {r:.2f}); is it UniFrac of this table?')] if r < .3 else [])
 
 def metric_findings(name:str, correlations:dict, metric:str=None) -> list[Finding]:
     "Whether a matrix looks weighted where --unifrac-metric says unweighted, or the other way round."
@@ -361,9 +361,21 @@ def technical_finding(column:str, target:str, facts:dict, is_class:bool) -> Find
     return Finding('warning', f'{column} predicts {target}: {how}, leave-one-out; a model may learn the laboratory: validate with --group-column {column}')
 
 # %% ../nbs/17_diagnosis.ipynb #f7d07d3e
-def quick_check(inputs:Inputs, options:InputOptions, metric:str=None):
-    "Warns of primers and turned reads; raises an `AamError` for a matrix or diversities that are not about the table's samples."
-    found = sequence_findings(sequence_facts(inputs.table))
+def record_findings(options:InputOptions, metric:str, alpha:float=1.) -> list[Finding]:
+    "Whether a matrix, or diversities, are of the metric asked for, if the file says what it holds."
+    path = options.unifrac_matrix or options.faith_pd
+    noted = {} if path is None else read_record(path)
+    held, wanted = noted.get('metric'), dict(weighted='weighted_normalized').get(metric, metric) # as aam unifrac calls them
+    if held not in (None, wanted):
+        option = dict(weighted_normalized='weighted').get(held, held)
+        return [Finding('error', f'{path.name}: holds {held} and --unifrac-metric is {metric}; say --unifrac-metric {option}, or compute it again with aam unifrac --metric {wanted}')]
+    if held == 'generalized' and abs(noted.get('alpha', alpha) - alpha) > 1e-9:
+        return [Finding('error', f"{path.name}: was computed with alpha {noted['alpha']:g} and --unifrac-alpha is {alpha:g}; say --unifrac-alpha {noted['alpha']:g}, or compute it again with aam unifrac --alpha {alpha:g}")]
+    return []
+
+def quick_check(inputs:Inputs, options:InputOptions, metric:str='unweighted', alpha:float=1.):
+    "Warns of primers and turned reads; raises an `AamError` for a matrix or diversities that are not about the table's samples, or of another metric."
+    found = record_findings(options, metric, alpha) + sequence_findings(sequence_facts(inputs.table))
     if inputs.distances is not None:
         found += matrix_findings(matrix_facts(inputs.table, inputs.distances), options.unifrac_matrix, metric)
     if inputs.diversities is not None: found += diversity_findings(diversity_facts(inputs, inputs.depth), options.faith_pd)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .checkpoint import load_checkpoint
 from .config import AamError, Options, RunOptions, option_name
 
 log = logging.getLogger('aam')
@@ -88,6 +87,7 @@ changeable = {'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 't
 def find_resume(run:RunOptions, kind:str) -> dict|None:
     "The state that `--resume-from` asks for; None for a fresh start."
     if run.resume_from is None: return None
+    from aam.checkpoint import load_checkpoint # here, because it loads PyTorch, which the messages of aam unifrac do without
     path = RunFolder(run.output_dir).last if str(run.resume_from) == 'auto' else run.resume_from
     if str(run.resume_from) == 'auto' and not path.exists():
         log.info(f'nothing to resume in {run.output_dir}: starting afresh')

@@ -147,7 +147,7 @@ class Session:
 @patch
 def split(self:Session, inputs:Inputs, classes=None) -> Split:
     "Fit, stop and test samples; a resumed run keeps its own."
-    quick_check(inputs, self.options['input'], self.options['encoder'].unifrac_metric)
+    quick_check(inputs, self.options['input'], self.options['encoder'].unifrac_metric, self.options['encoder'].unifrac_alpha)
     seed = self.options['run'].seed
     if not self.resumed: return read_split(self.options['split'], inputs, seed, classes)
     split = Split(**self.resumed['split'])

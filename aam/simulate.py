@@ -216,9 +216,9 @@ def rarefied(table): # `aam.table.Table`
 def write_phylogenetic(table, paths:dict):
     "Writes unweighted UniFrac and Faith's diversities of a rarefied table, from the tree in `paths`."
     import pandas as pd
-    from aam.unifrac import read_tree, tree_distances, unifrac_distances, write_distances
+    from aam.unifrac import Distances, read_tree, unifrac_distances, write_distances
     branches = read_tree(paths['tree'], table.sequences)
-    write_distances(tree_distances(table, branches), paths['unifrac_matrix'])
+    write_distances(Distances(table.sample_ids, unifrac_distances(table.counts, branches)), paths['unifrac_matrix'])
     diversities = unifrac_distances(table.counts, branches, 'faith_pd')
     pd.DataFrame(dict(sample_id=table.sample_ids, faith_pd=diversities)).to_csv(paths['faith_pd'], sep='\t', index=False)
 

@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['log', 'distance_readers', 'distance_writers', 'diversity_suffixes', 'unifrac_metrics', 'StoredMatrix', 'Distances',
-           'read_distances', 'write_distances', 'file_hash', 'draw_record', 'drawn_table', 'read_faith_pd', 'Branches',
-           'make_branches', 'read_nodes', 'read_tree', 'branch_presence', 'faith_pd', 'unweighted_unifrac',
-           'branch_proportions', 'weighted_unifrac', 'weighted_unnormalized_unifrac', 'generalized_unifrac',
-           'unifrac_distances', 'tree_distances']
+           'read_distances', 'write_distances', 'file_hash', 'read_record', 'drawn_table', 'read_faith_pd', 'Branches',
+           'make_branches', 'parse_newick', 'read_nodes', 'read_tree', 'narrow', 'reads_before', 'reads_on',
+           'branch_presence', 'faith_pd', 'unweighted_unifrac', 'branch_proportions', 'weighted_unnormalized_unifrac',
+           'weighted_unifrac', 'generalized_unifrac', 'unifrac_distances']
 
 # %% ../nbs/03_unifrac.ipynb #85b74123
-import csv, hashlib, json, logging, os, sys
+import csv, gzip, hashlib, json, logging, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 from scipy import sparse
-from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
 # %% ../nbs/03_unifrac.ipynb #0e52349d
@@ -107,6 +105,7 @@ def _read_hdf5(path, table_ids):
 
 def _read_text(path, table_ids):
     "IDs and matrix of a .csv or .tsv file with IDs on both axes."
+    import pandas as pd # here, because other kinds of files do without
     layout = dict(sep=',' if path.suffix == '.csv' else '\t', header=None, keep_default_na=False, encoding='utf-8-sig')
     columns = pd.read_csv(path, nrows=1, dtype=str, **layout).iloc[0, 1:].tolist()
     body = pd.read_csv(path, skiprows=1, dtype={0: str}, **layout)
@@ -184,22 +183,21 @@ def file_hash(path:str|Path) -> str: # hexadecimal
     "SHA-256 of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(f.read()).hexdigest()
 
-def draw_record(path:str|Path) -> dict|None: # rarefied_table (a name in the same folder), rarefied_sha256, rarefy_depth, rarefy_seed
-    "What `aam unifrac` noted about the rarefaction behind a distance matrix."
+def read_record(path:str|Path) -> dict: # metric, alpha, rarefy_depth, rarefy_seed, draws, rarefied_table (a name in the same folder), rarefied_sha256: those that apply
+    "What `aam unifrac` noted about a file it wrote."
     path = Path(path)
     try:
         if path.suffix in ('.h5', '.hdf5'):
-            with h5py.File(path) as f: noted = dict(f.attrs)
-        else: noted = json.loads(Path(f'{path}.json').read_text())
-        return noted if {'rarefied_table', 'rarefied_sha256'} <= noted.keys() else None
-    except (OSError, ValueError, AttributeError): return None # no record that could be read
+            with h5py.File(path) as f: return {key: value.item() if hasattr(value, 'item') else value for key, value in f.attrs.items()}
+        return dict(json.loads(Path(f'{path}.json').read_text()))
+    except (OSError, ValueError, TypeError): return {} # no record that could be read
 
 def drawn_table(
     path:str|Path, # distance matrix
 ) -> Table|None:
     "The rarefied table behind a distance matrix, if there is one; an `AamError` if it is not the one that was used."
-    noted = draw_record(path)
-    if noted is None: return None
+    noted = read_record(path)
+    if not {'rarefied_table', 'rarefied_sha256'} <= noted.keys(): return None
     table = Path(path).parent/Path(str(noted['rarefied_table'])).name # never outside the folder
     if not table.is_file():
         log.warning(f'{Path(path).name}: its rarefied table {table.name} is not beside it; reads are drawn anew, and are not quite those that it is about')
@@ -218,6 +216,7 @@ def _diversity_column(header:list[str]) -> int:
 
 def _read_diversities(file, sep):
     "Sample IDs and diversities, as text."
+    import pandas as pd
     rows = pd.read_csv(file, sep=sep, header=None, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     column = _diversity_column(rows.iloc[0].tolist())
     rows = rows[~rows[0].str.startswith('#q2:')]
@@ -228,8 +227,9 @@ diversity_suffixes = '.tsv', '.txt', '.csv', '.qza'
 
 def read_faith_pd(
     path:str|Path, # text with sample IDs and values, or .qza of type SampleData[AlphaDiversity]
-) -> pd.Series: # in units of branch length, by sample ID
+): # -> a pandas series in units of branch length, by sample ID
     "Reads and checks Faith's phylogenetic diversities."
+    import pandas as pd
     path = Path(path)
     if path.suffix not in diversity_suffixes: raise AamError(f"{path}: not a kind of file for Faith's diversities; give one of {', '.join(diversity_suffixes)}")
     if not path.is_file(): raise AamError(f"{path}: no such file; give Faith's phylogenetic diversity of each sample")
@@ -248,61 +248,95 @@ def read_faith_pd(
 # %% ../nbs/03_unifrac.ipynb #4df159ed
 @dataclass(repr=False, eq=False)
 class Branches:
-    "The branches above each ASV, and their lengths."
-    membership:sparse.csr_matrix # True where a branch leads to an ASV, (A, n_branches)
-    lengths:np.ndarray # float32, (n_branches,)
+    "The branches of a tree: each leads to a range of its tips."
+    place:np.ndarray # position of each ASV among the tips, (A,)
+    start:np.ndarray # first tip below each branch, (n_branches,)
+    end:np.ndarray # the tip behind the last one, (n_branches,)
+    lengths:np.ndarray # float64, (n_branches,)
 
-    def __repr__(self): return f'Branches: {len(self.lengths)} above {self.membership.shape[0]} ASVs'
+    def __repr__(self): return f'Branches: {len(self.lengths)} above {len(self.place)} ASVs'
 
 # %% ../nbs/03_unifrac.ipynb #16979f79
 def make_branches(
     tips:np.ndarray, # the node of each ASV, (A,)
-    parents:np.ndarray, # parent of each node, -1 at the root, (n_nodes,)
+    parents:np.ndarray, # parent of each node, -1 at the root; nodes in postorder, each subtree a stretch that ends with its root, (n_nodes,)
     lengths:np.ndarray, # length of the branch above each node, (n_nodes,)
 ) -> Branches:
-    "The branches from each tip to the root; those of length 0 are left out."
-    asvs, nodes, climbed = np.arange(len(tips)), tips, []
-    while len(nodes):
-        climbed.append((asvs, nodes))
-        rises = parents[nodes] >= 0
-        asvs, nodes = asvs[rises], parents[nodes[rises]]
-    row, node = (np.concatenate(x) for x in zip(*climbed))
-    long = lengths[node] > 0
-    row, node = row[long], node[long]
-
-    label = np.random.Generator(np.random.PCG64(0)).integers(2**64, size=len(tips), dtype=np.uint64)
-    above = np.zeros(len(parents), np.uint64)
-    np.add.at(above, node, label[row])
-    met = np.unique(node)
-    branch = np.zeros(len(parents), np.int64)
-    branch[met] = np.unique(above[met], return_inverse=True)[1]
-    merged = np.bincount(branch[met], lengths[met])
-    membership = sparse.csr_matrix((np.ones(len(row), bool), (row, branch[node])), (len(tips), len(merged)))
-    return Branches(membership, merged.astype(np.float32))
+    "The branches above some tips; those of length 0, or without ASVs, are left out."
+    first, n = list(range(len(parents))), len(tips) # node where the subtree of each begins
+    for node, parent in enumerate(parents.tolist()):
+        assert parent > node or parent < 0, 'nodes are not in postorder'
+        if parent >= 0: first[parent] = min(first[parent], first[node])
+    before = np.concatenate([[0], np.cumsum(np.bincount(tips, minlength=len(parents)))])
+    start, end = before[first], before[1:]
+    kept = (end > start) & (lengths > 0)
+    ranges, branch = np.unique(start[kept]*(n + 1) + end[kept], return_inverse=True)
+    return Branches(before[tips], *np.divmod(ranges, n + 1), np.bincount(branch, lengths[kept], len(ranges)))
 
 # %% ../nbs/03_unifrac.ipynb #54e5ff9e
+_newick_token = re.compile(r"(?P<skip>\s+|\[[^\[\]]*\])|(?P<mark>[(),:;])|'(?P<quoted>(?:[^']|'')*)'|(?P<bare>[^\s(),:;'\[\]]+)|(?P<strange>.)")
+
+def parse_newick(
+    text:str,
+) -> tuple[list[str], np.ndarray, np.ndarray]: # name of each node or '', parent of each node or -1, length above it (n_nodes,)
+    "The nodes of a newick tree in postorder; a missing length is 0, comments in brackets are ignored."
+    names, parents, lengths, siblings, below = [], [], [], [], []
+    name = length = None
+    after_colon = False
+    for found in _newick_token.finditer(text):
+        kind, token = found.lastgroup, found[0]
+        if kind == 'skip': continue
+        if kind in ('bare', 'quoted'):
+            if after_colon: length, after_colon = float(token), False
+            elif name is None and length is None: name = token if kind == 'bare' else found['quoted'].replace("''", "'")
+            else: raise ValueError(f'{token[:20]} stands where a comma should')
+        elif token == '(' and name is None and length is None and not below: siblings.append([])
+        elif token == ':' and length is None and not after_colon: after_colon = True
+        elif token in ',);' and not after_colon and (siblings if token != ';' else not siblings):
+            for child in below: parents[child] = len(names)
+            if siblings: siblings[-1].append(len(names))
+            names.append(name or ''); lengths.append(length or 0.); parents.append(-1)
+            below = siblings.pop() if token == ')' else []
+            name = length = None
+            if token == ';': return names, np.array(parents), np.array(lengths)
+        else: raise ValueError(f'{token} stands where it should not, before {text[found.end():][:20].strip() or "the end"}')
+    raise ValueError('no semicolon at its end')
+
+# %% ../nbs/03_unifrac.ipynb #b3000014
+def _root_at_midpoint(text):
+    "A newick tree, as from `parse_newick`, with its root midway between the two tips farthest apart."
+    import io
+    from skbio import TreeNode
+    nodes = list(TreeNode.read(io.StringIO(text), format='newick', convert_underscores=False).root_at_midpoint(reset=True).postorder())
+    place = {id(n): i for i, n in enumerate(nodes)}
+    parents = np.array([-1 if n.parent is None else place[id(n.parent)] for n in nodes], np.int64)
+    return [n.name or '' for n in nodes], parents, np.array([n.length or 0. for n in nodes])
+
 def _read_newick(path, root_midpoint=False):
-    "The rooted tree in a file."
-    from skbio import TreeNode # here, because it loads torch, which a run with a distance matrix may do without
+    "The rooted tree in a file, as from `parse_newick`."
     if not path.is_file(): raise AamError(f'{path}: no such file; give a rooted newick tree')
     with data_file(path, 'Phylogeny[Rooted]' + ' or Phylogeny[Unrooted]'*root_midpoint) as file:
-        try: root = TreeNode.read(str(file), format='newick', verify=False, convert_underscores=False)
-        except Exception as e: # scikit-bio lets decoding errors and others through
+        try:
+            content = file.read_bytes()
+            text = (gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content).decode('utf-8-sig')
+            tree = parse_newick(text)
+        except Exception as e: # of gzip, the decoding or the text
             raise AamError(f'{path}: not a readable newick tree ({reason(e)}); export it as newick and check that it was copied whole') from e
-    if len(root.children) <= 2: return root
+    branches_at_root = int((tree[1] == len(tree[1]) - 1).sum())
+    if branches_at_root <= 2: return tree
     if not root_midpoint:
-        raise AamError(f'{path}: the tree is unrooted ({len(root.children)} branches at its root); root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)')
+        raise AamError(f'{path}: the tree is unrooted ({branches_at_root} branches at its root); root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)')
     log.info(f'{path.name}: rooted at its midpoint')
-    return root.root_at_midpoint(reset=True)
+    return _root_at_midpoint(text)
 
-def _find_tips(path, nodes, sequences, sequence_of):
+def _find_tips(path, names, parents, sequences, sequence_of):
     "The node that bears each sequence, or an ID of it, as its name."
     wanted, place, repeats = set(sequences), {}, 0
-    for i, node in enumerate(nodes):
-        name = (node.name or '').strip()
-        if node.children or (sequence := normalise_sequence(sequence_of.get(name, name))) not in wanted: continue
+    for i in np.flatnonzero(np.bincount(parents[parents >= 0], minlength=len(names)) == 0).tolist():
+        name = names[i].strip()
+        if (sequence := normalise_sequence(sequence_of.get(name, name))) not in wanted: continue
         if sequence in place:
-            if name not in sequence_of or name == nodes[place[sequence]].name: raise AamError(f'{path}: tip {name[:30]} occurs twice; name each tip once')
+            if name not in sequence_of or name == names[place[sequence]].strip(): raise AamError(f'{path}: tip {name[:30]} occurs twice; name each tip once')
             repeats += 1
         place.setdefault(sequence, i)
     if repeats: log.warning(f'{path.name}: {repeats} tips have the sequence of another tip; the first of each stands for all')
@@ -322,37 +356,62 @@ def read_nodes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # the node of each ASV (A,); parent of each node, -1 at the root, and length above it (n_nodes,)
     "A tree as arrays, its nodes in postorder; a missing length is 0."
     path = Path(path)
-    root = _read_newick(path, root_midpoint)
-    nodes = list(root.postorder())
-    place = {id(n): i for i, n in enumerate(nodes)}
-    parents = np.array([-1 if n.parent is None else place[id(n.parent)] for n in nodes], np.int64)
-    lengths = np.array([n.length or 0. for n in nodes])
+    names, parents, lengths = _read_newick(path, root_midpoint)
+    if not np.isfinite(lengths).all(): raise AamError(f'{path}: the tree has branch lengths that are no numbers; build it again')
     if (lengths < 0).any(): raise AamError(f'{path}: the tree has branches of negative length; build it with a method that gives none')
     if not lengths.any(): raise AamError(f'{path}: the tree has no branch lengths; UniFrac needs them')
-    return _find_tips(path, nodes, sequences, sequence_of or {}), parents, lengths
+    return _find_tips(path, names, parents, sequences, sequence_of or {}), parents, lengths
 
 def read_tree(
     path:str|Path, # rooted newick tree, or .qza of one
     sequences:list[str], # ASVs of the table, (A,)
     sequence_of:dict[str, str]=None, # DNA by tip name; other tip names are sequences
+    root_midpoint:bool=False, # root an unrooted tree at its midpoint
 ) -> Branches:
     "The branches above the ASVs of a table; other tips are ignored."
-    branches = make_branches(*read_nodes(path, sequences, sequence_of))
+    branches = make_branches(*read_nodes(path, sequences, sequence_of, root_midpoint))
     if not len(branches.lengths): raise AamError(f'{path}: the tree has no branch lengths above the ASVs of the table; UniFrac needs them')
     return branches
 
 # %% ../nbs/03_unifrac.ipynb #d42a55e7
+def narrow(
+    counts:sparse.csr_matrix, # reads, (N, A)
+    branches:Branches, # of the A ASVs
+) -> tuple[sparse.csr_matrix, Branches]: # reads (N, A') and branches of the A' ASVs that some sample has
+    "Leaves out ASVs that no sample has, and branches to these alone."
+    found = np.zeros(len(branches.place), bool)
+    found[counts.indices] = True
+    asvs, number = np.flatnonzero(found), np.cumsum(found, dtype=counts.indices.dtype) - 1
+    there = np.zeros(len(found) + 1, np.int64)
+    there[branches.place[asvs] + 1] = 1
+    before = np.cumsum(there)
+    start, end = np.take(before, branches.start), np.take(before, branches.end)
+    kept = np.flatnonzero(end > start)
+    fewer = sparse.csr_matrix((counts.data, number[counts.indices], counts.indptr), (counts.shape[0], len(asvs)))
+    return fewer, Branches(before[branches.place[asvs]], start[kept], end[kept], branches.lengths[kept])
+
+def reads_before(
+    counts:sparse.csr_matrix, # reads, (N, A)
+    branches:Branches, # of the A ASVs
+    dtype=np.int64, # must hold the reads of a sample
+) -> np.ndarray: # (A + 1, N)
+    "Reads of each sample before each tip; those on a branch are `x[branches.end] - x[branches.start]`."
+    sums = np.zeros((counts.shape[1] + 1, counts.shape[0]), dtype)
+    sums[branches.place[counts.indices] + 1, np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))] = counts.data
+    return np.cumsum(sums, 0, out=sums)
+
+def reads_on(counts, branches) -> np.ndarray: # int64, (N, n_branches)
+    "Reads of each sample on each branch."
+    sums = reads_before(counts, branches)
+    return (np.take(sums, branches.end, 0) - np.take(sums, branches.start, 0)).T # which is several times as fast as sums[branches.end]
+
+# %% ../nbs/03_unifrac.ipynb #b3000011
 def branch_presence(
     counts:sparse.csr_matrix, # reads, (N, A)
     branches:Branches, # of the A ASVs
 ) -> np.ndarray: # 1 where a branch leads to an ASV of the sample, else 0, float32, (N, n_branches)
     "Which branches are present in which samples."
-    present = counts.data > 0
-    sample = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))[present]
-    found = branches.membership[counts.indices[present]]
-    presence = np.zeros((counts.shape[0], len(branches.lengths)), np.float32)
-    presence[np.repeat(sample, np.diff(found.indptr)), found.indices] = 1
-    return presence
+    return (reads_on(counts, branches) > 0).astype(np.float32)
 
 # %% ../nbs/03_unifrac.ipynb #e899d70e
 def faith_pd(
@@ -360,20 +419,17 @@ def faith_pd(
     lengths:np.ndarray, # (n_branches,)
 ) -> np.ndarray: # (N,)
     "Faith's phylogenetic diversity: the length of the branches present (Faith 1992)."
-    return presence @ lengths
-
-def _unshared(shared, own_a, own_b):
-    "1 - shared length / length in either; 0 where there is no length at all."
-    either = own_a[:, None] + own_b[None] - shared
-    return np.where(either > 0, np.maximum(either - shared, 0) / np.where(either > 0, either, 1), 0).astype(np.float32)
+    return presence @ lengths.astype(presence.dtype)
 
 def unweighted_unifrac(
     presence:np.ndarray, # (N, n_branches)
     lengths:np.ndarray, # (n_branches,)
 ) -> np.ndarray: # float32, (N, N)
     "Unweighted UniFrac between all samples; 0 between two empty ones."
-    shared = (presence * lengths) @ presence.T
-    distance = _unshared(shared, shared.diagonal(), shared.diagonal())
+    shared = (presence * lengths.astype(presence.dtype)) @ presence.T
+    own = shared.diagonal()
+    either = own[:, None] + own[None] - shared
+    distance = np.where(either > 0, np.maximum(either - shared, 0) / np.where(either > 0, either, 1), 0).astype(np.float32)
     distance = np.maximum(distance, distance.T) # BLAS leaves the last bit to chance, scikit-bio wants symmetry
     np.fill_diagonal(distance, 0)
     return distance
@@ -382,32 +438,28 @@ def unweighted_unifrac(
 def branch_proportions(
     counts:sparse.csr_matrix, # reads, (N, A)
     branches:Branches, # of the A ASVs
-) -> np.ndarray: # float32, (N, n_branches); 0 throughout for an empty sample
+) -> np.ndarray: # float64, (N, n_branches); 0 throughout for an empty sample
     "The share of each sample's reads that each branch leads to."
     reads = np.asarray(counts.sum(1), np.float64).reshape(-1, 1)
-    below = (counts.astype(np.float64) @ branches.membership.astype(np.float64)).toarray()
-    return (below / np.maximum(reads, 1)).astype(np.float32)
-
-def _moved(a, b, lengths):
-    "Length times difference in shares / length times sum of shares; 0 where there is no length at all."
-    a, b = a.astype(np.float64) * lengths, b.astype(np.float64) * lengths
-    either = a.sum(1)[:, None] + b.sum(1)[None]
-    return (cdist(a, b, 'cityblock') / np.where(either > 0, either, 1)).astype(np.float32)
-
-def weighted_unifrac(
-    proportions:np.ndarray, # (N, n_branches)
-    lengths:np.ndarray, # (n_branches,)
-) -> np.ndarray: # float32, (N, N)
-    "Normalised weighted UniFrac between all samples; 0 between two empty ones."
-    return _moved(proportions, proportions, lengths)
+    return reads_on(counts, branches) / np.maximum(reads, 1)
 
 def weighted_unnormalized_unifrac(
     proportions:np.ndarray, # (N, n_branches)
     lengths:np.ndarray, # (n_branches,)
 ) -> np.ndarray: # float32, (N, N), in units of branch length
     "Weighted UniFrac between all samples, not divided by anything (Lozupone et al. 2007)."
-    moved = proportions.astype(np.float64) * lengths
+    from scipy.spatial.distance import cdist # here, because it loads a quarter of SciPy
+    moved = np.ascontiguousarray(proportions * lengths)
     return cdist(moved, moved, 'cityblock').astype(np.float32)
+
+def weighted_unifrac(
+    proportions:np.ndarray, # (N, n_branches)
+    lengths:np.ndarray, # (n_branches,)
+) -> np.ndarray: # float32, (N, N)
+    "Normalised weighted UniFrac between all samples; 0 between two empty ones."
+    own = proportions @ lengths
+    either = own[:, None] + own[None]
+    return (weighted_unnormalized_unifrac(proportions, lengths) / np.where(either > 0, either, 1)).astype(np.float32)
 
 # %% ../nbs/03_unifrac.ipynb #b3000002
 def generalized_unifrac(
@@ -416,13 +468,13 @@ def generalized_unifrac(
     alpha:float=1., # between 0 and 1
 ) -> np.ndarray: # float32, (N, N)
     "Generalized UniFrac between all samples; 0 between two empty ones."
-    proportions, found = proportions.astype(np.float64), np.zeros((len(proportions),)*2, np.float32)
-    for i, own in enumerate(proportions):
-        both = own + proportions
-        power = np.where(both > 0, both, 1)**alpha * (both > 0)
-        moved, most = (power * abs(own - proportions) / np.where(both > 0, both, 1)) @ lengths, power @ lengths
-        found[i] = moved / np.where(most > 0, most, 1)
-    return found
+    found = np.zeros((len(proportions),)*2, np.float32)
+    for i, own in enumerate(proportions[:-1]):
+        both, apart = own + proportions[i + 1:], abs(own - proportions[i + 1:])
+        power = np.power(both, alpha, where=both > 0, out=np.zeros_like(both))
+        most = power @ lengths
+        found[i, i + 1:] = (power * np.divide(apart, both, where=both > 0, out=apart)) @ lengths / np.where(most > 0, most, 1)
+    return found + found.T
 
 # %% ../nbs/03_unifrac.ipynb #a1fa59e6
 unifrac_metrics = dict(unweighted=(branch_presence, unweighted_unifrac), weighted=(branch_proportions, weighted_unifrac),
@@ -438,31 +490,5 @@ def unifrac_distances(
 ) -> np.ndarray: # float32, (N, N); faith_pd: (N,)
     "UniFrac between the samples in `counts`, or Faith's phylogenetic diversity of each."
     on_branches, distances = unifrac_metrics[metric]
+    counts, branches = narrow(counts, branches)
     return distances(on_branches(counts, branches), branches.lengths, *([alpha] if metric == 'generalized' else []))
-
-# %% ../nbs/03_unifrac.ipynb #a9a1c64f
-def _between(a, b, lengths, metric):
-    "Distances between two blocks of samples, from what the metric needs of their branches."
-    if metric == 'weighted': return _moved(a, b, lengths)
-    if metric != 'unweighted': raise ValueError(f'{metric}: not computed by block here, but in aam.blocks')
-    return _unshared((a * lengths) @ b.T, faith_pd(a, lengths), faith_pd(b, lengths))
-
-def tree_distances(
-    table:Table, # rarefied, N samples
-    branches:Branches, # of the table's ASVs
-    block:int=256, # samples at a time
-    metric:str='unweighted', # key of `unifrac_metrics`
-) -> Distances:
-    "UniFrac between all samples of a table."
-    n, on_branches = len(table), unifrac_metrics[metric][0]
-    rows = [slice(i, min(i + block, n)) for i in range(0, n, block)]
-    matrix = np.zeros((n, n), np.float32)
-    for i, a in enumerate(rows):
-        block_a = on_branches(table.counts[a], branches)
-        for b in rows[i:]:
-            block_b = block_a if a is b else on_branches(table.counts[b], branches)
-            matrix[a, b] = _between(block_a, block_b, branches.lengths, metric)
-            matrix[b, a] = matrix[a, b].T
-        matrix[a, a] = np.maximum(matrix[a, a], matrix[a, a].T)
-    np.fill_diagonal(matrix, 0)
-    return Distances(list(table.sample_ids), matrix)

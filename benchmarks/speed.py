@@ -6,7 +6,7 @@ A batch is 8 samples with 2,175 ASV occurrences of 1,200 distinct ASVs of 150 ba
 `aam pretrain`. `model TFLOP/s` counts the matrix products that the batch needs (no padding, no recomputing); its share is that of an 8192 x 8192 bf16 product timed here.
 The baseline encodes every occurrence, padded to --token-limit 1024, by `torch.nn.TransformerEncoder` in chunks of 256 with checkpointing, at the same precision.
 """
-import argparse, json, re, resource, statistics, time
+import argparse, json, re, resource, statistics, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -21,14 +21,20 @@ from aam.data import Plan, SampleData, draws_to_csr, true_unifrac, view_draw
 from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
-from aam.simulate import yule_tree
+from aam.simulate import newick, yule_tree
 from aam.states import KeptStates
 from aam.table import make_table
 from aam.trainer import Training, compile_model, train_epoch, train_step
-from aam.unifrac import Distances, make_branches, unifrac_distances
+from aam.unifrac import Distances, read_tree, unifrac_distances
 
 sizes = dict(default=(128, 4, 4), medium=(768, 6, 4), large=(1152, 12, 8))
 batch_size, occurrences, distinct, bases = 8, 2175, 1200, 150
+
+def tree_branches(tree, sequences):
+    "Branches of a simulated tree, by way of a file."
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder)/'tree.nwk').write_text(newick(tree, sequences))
+        return read_tree(Path(folder)/'tree.nwk', sequences)
 
 def simulated_data(groups:int=4, seed:int=0, **how) -> SampleData:
     "`groups` times 8 samples of one depth; each group has `occurrences` of the same `distinct` ASVs."
@@ -45,8 +51,7 @@ def simulated_data(groups:int=4, seed:int=0, **how) -> SampleData:
     sequences = [''.join(s) for s in np.array(list('ACGT'))[rng.integers(0, 4, (distinct, bases))]]
     table = make_table(counts, [f's{i:03}' for i in range(len(counts))], sequences)
     tree = yule_tree(len(table.sequences), rng)
-    branches = make_branches(tree.tips, tree.parent, tree.length)
-    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=branches, **how)
+    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=tree_branches(tree, table.sequences), **how)
 
 class Padded(nn.Module):
     "Every occurrence encoded for itself, padded to the token limit."
@@ -194,7 +199,7 @@ def large_tree(tips:int, samples:int=256, asvs:int=300) -> SampleData:
     counts = coo_matrix((rng.geometric(0.02, len(rows)), (rows, columns)), shape=(samples, tips)).tocsr()
     table = make_table(counts, [f's{i:03}' for i in range(samples)], sequences)
     tree = yule_tree(len(table.sequences), rng)
-    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=make_branches(tree.tips, tree.parent, tree.length))
+    return SampleData(table, depth=int(table.reads.min()), max_bp=bases, branches=tree_branches(tree, table.sequences))
 
 def tree_cost(size, device, tips:int=20_000, samples:int=256, **options):
     "An epoch of all tasks with distances from a large tree, beside the same with distances from a file; and a batch of distances by itself."

@@ -160,6 +160,8 @@ def test_check_drops_what_pretrain_drops(aam, survey, tmp_path):
     aam('unifrac', *words, '--tree', survey/'tree.nwk', '--metric', 'faith_pd', '--output', tmp_path/'pd.tsv')
     assert aam('check', *words, '--faith-pd', tmp_path/'pd.tsv', *faith, '--device', 'cpu').returncode == 0
     aam('pretrain', *words, '--faith-pd', tmp_path/'pd.tsv', *faith, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run')
+    aam('pretrain', *words[:2], '--faith-pd', tmp_path/'pd.tsv', *faith, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'same') # the file says its depth
+    (tmp_path/'pd.tsv.json').unlink() # and this one does not
     said = aam('pretrain', *words[:2], '--faith-pd', tmp_path/'pd.tsv', *faith, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'other', fails=True)
     lost = 48 - len(read_table(tmp_path/'pd.tsv.rarefied.biom'))
     assert said.returncode == 2 and f'pd.tsv: lacks {lost} of 48 samples (' in said.err and 'or drop samples with few reads by the same --rarefy-depth' in said.err

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import torch
 import torch.nn as nn
 from torch.optim import lr_scheduler
@@ -36,7 +35,7 @@ def sample_data(**how):
     sequences = sorted({''.join(rng.choice(list('ACGT'), 40)) for _ in range(10)})
     counts = rng.integers(1, 30, (12, 10)) * (rng.random((12, 10)) < .7)
     target = (counts[:, :1] / counts.sum(1, keepdims=True)).astype(np.float32)
-    branches = Branches(sp.csr_matrix(np.eye(10, dtype=bool)), np.ones(10, np.float32))
+    branches = Branches(np.arange(10), np.arange(10), np.arange(10) + 1, np.ones(10))
     return SampleData(make_table(counts, [f's{i:02}' for i in range(12)], sequences), depth=40, branches=branches, target=target, **how)
 
 
