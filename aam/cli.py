@@ -18,6 +18,7 @@ commands = {
     'unifrac': ('aam.distances:unifrac', 'a UniFrac distance matrix from a table and a tree'),
     'predict': ('aam.predict:predict', 'predict new samples with a trained model'),
     'rf-baseline': ('aam.rf_baseline:rf_baseline', 'the same prediction by Random Forest'),
+    'evaluate': ('aam.evaluate:evaluate', 'is aam better than trees on your data? cross-validation and a report'),
     'simulate': ('aam.simulate:simulate', 'write a small simulated data set'),
     'demo': ('aam.demo:demo', 'all of it on simulated data, in minutes'),
 }

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'missing_words', 'is_id_header', 'read_metadata', 'get_column', 'is_number', 'is_text_column',
            'numeric_targets', 'natural_sort', 'class_targets', 'category_vocabulary', 'category_ids', 'join_ids',
-           'write_ids', 'read_ids', 'Split', 'hold_out', 'split_samples', 'cross_folds', 'Fold', 'fold_plan']
+           'write_ids', 'read_ids', 'Split', 'hold_out', 'group_of_each', 'split_samples', 'cross_folds', 'Fold',
+           'fold_plan']
 
 # %% ../nbs/04_metadata.ipynb #bc26e011
 import csv, itertools, logging, math, re, warnings
@@ -360,6 +361,13 @@ def _fill_groups(groups:dict[str, str]) -> dict[str, str]:
     lacking = [sample_id for sample_id, group in groups.items() if group is None]
     if lacking: log.warning(f'samples without a value in the group column ({_named(lacking)}): each counts as a group of its own')
     return {sample_id: f'only {sample_id}' if group is None else group for sample_id, group in groups.items()}
+
+def group_of_each(
+    groups, # group of each sample: a series or dict by ID; or None
+    ids:list[str], # sample IDs
+) -> dict[str, str]: # by ID; None if there are none
+    "The group of each sample; one without a group is a group of its own."
+    return _fill_groups(_by_id(groups, ids))
 
 def split_samples(
     ids:list[str], # all usable sample IDs
