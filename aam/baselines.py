@@ -244,7 +244,7 @@ def fit_baselines(
 ) -> dict[str, Fitted]: # by method; the best inner score first
     "Each method with the variant that the training samples choose."
     task = task or Task()
-    draft = Task(task.n_classes, task.seed, task.n_jobs, min(100, task.trees))
+    draft = Task(task.n_classes, task.seed, task.n_jobs, max(1, task.trees//5))
     grouped = groups is not None and len(np.unique(groups[train])) > 1
     inner = cross_folds(len(train), inner_folds, task.seed, groups[train] if grouped else None, y[train] if task.n_classes else None)
     found = {}

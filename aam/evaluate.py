@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .config import (AamError, CategoryOptions, EncoderOptions, Flag, HeadOptions, InputOptions, LossOptions, Number, Options, Required, RunOptions, TargetOptions, TrainingOptions,
+from .config import (AamError, CategoryOptions, EncoderOptions, Flag, HeadOptions, InputOptions, LossOptions, Number, Options, Required, TargetOptions, TrainingOptions,
                         build_options, choice, command, nearest, option_name, parse_json, preset_names, split_names)
 
 log = logging.getLogger('aam')
@@ -39,6 +39,7 @@ class EvaluationOptions(Options):
     pretrain:Flag=True # pre-train an encoder on the training samples of each fold, unless --pretrained-encoder is given
     transductive:bool=False # pre-train once for all folds, on all samples of the table, without labels
     pretrain_options:parse_json=None # options of the pre-training that differ from those of training, as JSON: {"epochs": 20}
+    n_estimators:Number(int, 1)=500 # trees of the forests among the baselines; a fifth of them while variants are chosen
     jobs:Number(int, 1)=1 # fits side by side, on one GPU or one CPU
     preset:choice(preset_names)='small' # defaults by size, as for train
     seed:int=42 # seed of the folds; fits count on from it
@@ -218,7 +219,7 @@ def run_baselines(job:Job) -> dict:
     e, fold = read_evaluation(job.source), job.fold
     train = e.at(fold.fit + fold.stop)
     groups = None if e.groups is None else np.array([e.groups[s] for s in e.ids])
-    found = fit_baselines(e.features, e.y, train, e.at(fold.test), groups, Task(len(e.classes), job.seed, job.cores))
+    found = fit_baselines(e.features, e.y, train, e.at(fold.test), groups, Task(len(e.classes), job.seed, job.cores, e.options['evaluation'].n_estimators))
     digits = 4 if e.classes else 6
     methods = {name: dict(variant=f.variant, inner=f.score[0], predicted=rounded(f.predicted, digits)) for name, f in found.items()}
     return dict(methods=methods, best=next(iter(found)), stop=rounded(found['ExtraTrees'].inner[len(fold.fit):], digits))
@@ -466,7 +467,6 @@ def difference(e:Evaluation, ours, theirs, seed:int=42) -> dict: # per-sample sc
 
 def spread_of(e:Evaluation, found, each) -> dict: # by seed (R, S), per sample (R, N)
     "How scores vary over seeds, folds and groups (deciles of the groups' accuracy, or mean absolute error)."
-    import numpy as np
     return dict(seed_sd=float(found.std(1, ddof=1).mean()) if found.shape[1] > 1 else None, repeat_sd=float(found.mean(1).std(ddof=1)) if len(found) > 1 else None,
                 folds=[float(each[f.repeat, e.at(f.test)].mean()) for f in e.plan])
 
@@ -489,7 +489,8 @@ def compare_methods(e:Evaluation, predictions:dict) -> dict: # by method
 # %% ../nbs/34_evaluate.ipynb #34e00029
 def group_scores(e:Evaluation, predictions:dict): # data frame, a row a group
     "Samples, and accuracy or mean absolute error of each method, by group."
-    import numpy as np, pandas as pd
+    import numpy as np
+    import pandas as pd
     frame = pd.DataFrame({e.unit: [e.groups[s] if e.groups else s for s in e.ids], 'samples': 1})
     for name, p in predictions.items():
         wrong = (p.argmax(-1) == e.y).astype(float) if e.classes else np.abs(p - e.y)
@@ -498,7 +499,8 @@ def group_scores(e:Evaluation, predictions:dict): # data frame, a row a group
 
 def prediction_table(e:Evaluation, predictions:dict): # data frame, a row a sample and repeat
     "Out-of-fold predictions; the mean over seeds."
-    import numpy as np, pandas as pd
+    import numpy as np
+    import pandas as pd
     parts = []
     for r in range(1 + max(f.repeat for f in e.plan)):
         fold = np.empty(len(e.ids), int)
@@ -679,7 +681,7 @@ def write_report(e:Evaluation, results:dict, rows:list[dict], records:list[dict]
 # %% ../nbs/34_evaluate.ipynb #34e00038
 def write_results(e:Evaluation, records:list[dict], folder:Path) -> dict: # results
     "Scores, predictions, picture and report."
-    import io, pandas as pd
+    import pandas as pd
     from aam.figures import method_comparison, save_figure
     results, predictions = summarise(e, records)
     groups = group_scores(e, predictions)
