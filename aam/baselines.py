@@ -136,7 +136,8 @@ class Task:
 def forests(classifier, regressor, **fixed):
     "A method of tree ensembles."
     def predict(X, y, X_test, settings, task:Task) -> list:
-        how = dict(n_estimators=task.trees, random_state=task.seed % 2**32, n_jobs=task.n_jobs, **fixed)
+        n_jobs = task.n_jobs if task.trees*len(y) > 20_000 else 1 # starting threads costs more than a small forest
+        how = dict(n_estimators=task.trees, random_state=task.seed % 2**32, n_jobs=n_jobs, **fixed)
         return [_predictions((classifier if task.n_classes else regressor)(**how, **s).fit(X, y), X_test, task.n_classes) for s in settings]
     return predict
 
