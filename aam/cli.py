@@ -42,7 +42,7 @@ def run_command(argv:list[str]):
         from aam import __version__
         return print(f'aam {__version__}')
     function, name = load_command(argv[0]), f'aam {argv[0]}'
-    if argv[0] == 'train' and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
+    if argv[0] in ('train', 'evaluate') and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
     if {'-h', '--help'} & set(argv[1:]): return print(command_parser(function, name).format_help())
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise AamError(f"started with {os.environ['WORLD_SIZE']} processes, this version trains with one; use --nproc_per_node=1")
     return function(**parse_command(function, argv[1:], name))

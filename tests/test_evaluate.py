@@ -1,6 +1,7 @@
 """`aam evaluate`: nothing leaks between folds, what was stopped goes on, and the statistics are those of others.
 
 Leakage is looked for from outside: with labels that nothing can predict, with a signal that only known subjects have, and by changing what no fit may see."""
+import dataclasses
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 import time
 import types
+import typing
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,7 +21,7 @@ from scipy import stats
 from aam.baselines import Task, fit_baselines
 from aam.checkpoint import load_checkpoint
 from aam.config import AamError, build_options
-from aam.evaluate import Evaluation, difference, evaluate, gather, make_features, make_jobs, read_records
+from aam.evaluate import Evaluation, EvaluationOptions, difference, evaluate, gather, make_features, make_jobs, pretrain_given, read_records, train_given
 from aam.metadata import Fold, read_metadata
 from aam.pretrain import pretrain
 from aam.simulate import simulate
@@ -224,12 +226,11 @@ def test_scores_are_those_of_scikit_learn(fields, tmp_path):
 
 # ---- the command: stopped, refused, continued
 
-def words(fields, folder, *more):
-    given = dict(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', group_column='subject_id', folds=2, seeds=2, output_dir=folder, **width)
-    return ['evaluate', *(w for k, v in given.items() for w in ('--' + k.replace('_', '-'), v)), *more]
+def given(fields, folder): return dict(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', group_column='subject_id', folds=2, seeds=2, output_dir=folder, **width)
+def words(*where, more=()): return ['evaluate', *(w for k, v in given(*where).items() for w in ('--' + k.replace('_', '-'), v)), *more]
 
 
-def test_killed_evaluation_goes_on(aam, fields, tmp_path):
+def test_killed_evaluation_goes_on(aam, fields, tmp_path, capsys):
     "Killed with a fit finished, and continued with two fits side by side: every prediction is that of an evaluation that was left alone."
     process = aam.start(*words(fields, tmp_path/'killed'))
     path = tmp_path/'killed'/'fits.jsonl'
@@ -239,7 +240,7 @@ def test_killed_evaluation_goes_on(aam, fields, tmp_path):
     before = path.read_text()
     with open(path, 'a') as f: f.write('{"kind": "aam", "repeat": 0, "fo') # as a crash leaves it
     assert 1 <= before.count('\n') < 6 and not (tmp_path/'killed'/'report.html').exists()
-    said = aam(*words(fields, tmp_path/'killed', '--jobs', 2)).err
+    said = aam(*words(fields, tmp_path/'killed', more=['--jobs', 2])).err
     assert f"6 fits, {before.count(chr(10))} of them finished before" in said and path.read_text().startswith(before)
     aam(*words(fields, tmp_path/'whole'))
     one, other = ({(r['kind'], r['fold'], r['seed']): r for r in read_records(tmp_path/name/'fits.jsonl')} for name in ('killed', 'whole'))
@@ -248,31 +249,29 @@ def test_killed_evaluation_goes_on(aam, fields, tmp_path):
         drop = {'seconds', 'pretraining'}
         assert {k: v for k, v in record.items() if k not in drop} == {k: v for k, v in other[key].items() if k not in drop}, key
     assert not (tmp_path/'killed'/'encoders').exists() and not list((tmp_path/'killed').rglob('*.pt'))
-    check_refusals(aam, fields, tmp_path/'killed', path)
+    check_refusals(fields, tmp_path/'killed', path, capsys)
 
 
-def check_refusals(aam, fields, folder, path):
+def check_refusals(fields, folder, path, capsys):
     "Other options, other files: nothing is mixed; the same: the page is written again, in no time, from what is there."
-    there = path.read_text()
-    for more, expected in ((['--folds', 3], '--folds 2, not --folds 3'), (['--lr', '0.1'], 'with no --lr, not --lr 0.1'), (['--metadata', 'other'], 'other input files')):
-        if more[0] == '--metadata':
-            more[1] = folder/'metadata.tsv'
-            more[1].write_text((fields/'metadata.tsv').read_text() + '\n\n')
-        done = aam(*words(fields, folder, *more), fails=True)
-        assert done.returncode == 2 and expected in done.err and done.err.count('\n') < 6, done.err
+    there, other = path.read_text(), folder/'metadata.tsv'
+    other.write_text((fields/'metadata.tsv').read_text() + '\n\n')
+    for more, expected in ((dict(folds=3), '--folds 2, not --folds 3; give another folder'), (dict(lr=.1), 'with no --lr, not --lr 0.1'), (dict(metadata=other), 'other input files')):
+        with pytest.raises(AamError, match=expected): evaluate(**{**given(fields, folder), **more})
     (folder/'report.html').unlink()
-    assert '6 fits, 6 of them finished before' in aam(*words(fields, folder, '--num-workers', 0)).err
+    evaluate(**given(fields, folder), num_workers=0)
+    assert '6 fits, 6 of them finished before' in capsys.readouterr().err
     assert path.read_text() == there and (folder/'report.html').exists()
 
 
-@pytest.mark.parametrize('given,expected', [
+@pytest.mark.parametrize('options,expected', [
     (dict(metadata_column='soil_ph,soil_moisture'), 'compares one column'), (dict(leave_one_out_column='habitat', folds=3), 'its values are the folds'),
     (dict(transductive=True, pretrain=False), 'choose one'), (dict(pretrain_options='{"lrr": 1}'), 'did you mean lr?'), (dict(freeze_base=True, pretrain=False), 'no encoder worth freezing'),
     (dict(group_column='season', folds=5), 'has 4 values'), (dict(leave_one_out_column='season', group_column='subject_id'), 'both sides'), (dict(technical_columns='plate'), "no column 'plate'"),
     (dict(pretrained_encoder='e.pt', transductive=True), 'give one of them')])
-def test_contradictions(fields, tmp_path, given, expected):
+def test_contradictions(fields, tmp_path, options, expected):
     with pytest.raises(AamError, match=re.escape(expected)):
-        evaluate(**{**dict(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', output_dir=tmp_path/'out'), **given})
+        evaluate(**{**dict(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', output_dir=tmp_path/'out'), **options})
     assert not (tmp_path/'out').exists()
 
 
@@ -281,12 +280,77 @@ def test_folder_of_a_run_is_left_alone(aam, fields, trained):
     assert done.returncode == 2 and 'holds a run of train or pretrain' in done.err
 
 
+# ---- options
+
+together = { # options that need others beside them
+    'quantiles': dict(loss_type='quantile', quantiles='0.1,0.5'), 'over_penalty': dict(loss_type='asymmetric', over_penalty=2.), 'under_penalty': dict(loss_type='asymmetric', under_penalty=3.), 'loss_type': dict(loss_type='mse'),
+    'loss_config': dict(loss_config='{"0": "mae"}'), 'normalize_by': dict(target_transform='zscore-category', normalize_by='season'), 'target_transform': dict(target_transform='log-zscore'), 'class_weights': dict(class_weights='balanced', classifier=True),
+    'best_metric': dict(best_metric='r2'), 'unifrac_alpha': dict(unifrac_metric='generalized', unifrac_alpha=.5), 'unifrac_metric': dict(unifrac_metric='weighted'), 'attention_heads': dict(attention_heads=8), 'regressor_hidden_dims': dict(regressor_hidden_dims='7,3'),
+    'output_activation': dict(output_activation='relu'), 'categorical_columns': dict(categorical_columns='season'), 'conditional_output_scaling': dict(categorical_columns='season', conditional_output_scaling='season'),
+    'scheduler_eta_min': dict(scheduler_eta_min=1e-5), 'embedding_dim': dict(embedding_dim=32), 'gradient_accumulation_steps': dict(gradient_accumulation_steps=3), 'gradient_checkpointing': dict(gradient_checkpointing=True),
+    'average_decay': dict(average_decay=.5), 'compile_model': dict(compile_model='auto'), 'metadata_column': dict(metadata_column='soil_moisture'), 'out_dim': dict(out_dim=1),
+    **{name: dict(scheduler='cosine_restarts', **{name: 3}) for name in ('scheduler_t0', 'scheduler_t_mult')}, 'scheduler_patience': dict(scheduler='plateau', scheduler_patience=3), 'scheduler_factor': dict(scheduler='plateau', scheduler_factor=.25),
+    **{name: dict(categorical_columns='season', **{name: value}) for name, value in dict(categorical_embed_dim=5, categorical_fusion='gmu', categorical_lr=.01).items()},
+    **{name: {name: f'{name}.file'} for name in ('table', 'sequences', 'metadata', 'tree', 'unifrac_matrix', 'pretrained_encoder')},
+}
+evaluation_options = {f.name for f in dataclasses.fields(EvaluationOptions)}
+handed_on = sorted({name for name in train.__signature__.parameters if name in evaluate.__signature__.parameters} - evaluation_options)
+needed = dict(table='t.biom', metadata='m.tsv', metadata_column='soil_ph', tree='t.nwk', output_dir='out')
+
+
+def another(name):
+    "A value that is not the default, with what belongs to it."
+    default, annotation = train.__signature__.parameters[name].default, typing.get_args(train.__signature__.parameters[name].annotation)
+    if name in together: return together[name]
+    if isinstance(default, bool): return {name: not default}
+    choices = next((m['choices'] for m in annotation if isinstance(m, dict) and 'choices' in m), None)
+    if choices: return {name: next(c for c in choices if c != default)}
+    return {name: annotation[0](default/2) if default else annotation[0](3) if annotation[0] is int else .25}
+
+
+def resolved(groups, given):
+    return {name: o.to_dict() for name, o in build_options(groups, given).items() if name not in ('run', 'split')}
+
+
+@pytest.mark.parametrize('name', handed_on)
+def test_options_reach_the_fits(name):
+    "An option of train means in each fit, and in its pre-training, what it means when train or pretrain is given it."
+    given = {**needed, **another(name)}
+    usual = resolved(train.groups, {**needed, 'preset': 'small'})
+    meant = resolved(train.groups, {**given, 'preset': 'small'})
+    assert meant != usual
+    options = build_options(evaluate.groups, given)
+    assert resolved(train.groups, {**train_given(options), 'output_dir': 'out'}) == meant
+    shared = {k: v for k, v in given.items() if k in pretrain.__signature__.parameters and k != 'metadata'}
+    assert resolved(pretrain.groups, {**pretrain_given(options), 'output_dir': 'out'}) == resolved(pretrain.groups, {**shared, 'preset': 'small'})
+    if name in pretrain.__signature__.parameters and name != 'epochs': return
+    other = build_options(evaluate.groups, {**given, 'pretrain_options': {'epochs': 17}})
+    assert build_options(pretrain.groups, {**pretrain_given(other), 'output_dir': 'out'})['training'].epochs == 17 != build_options(train.groups, {**train_given(other), 'output_dir': 'out'})['training'].epochs
+
+
+def test_options_of_the_evaluation(fields, tmp_path, monkeypatch):
+    from sklearn.ensemble import RandomForestRegressor
+    trees, fit = set(), RandomForestRegressor.fit
+    monkeypatch.setattr(RandomForestRegressor, 'fit', lambda self, X, y: (trees.add(self.n_estimators), fit(self, X, y))[1])
+    def plan(**options):
+        run(fields, tmp_path/'out', metadata_column='soil_ph', overwrite=True, **{'folds': 2, 'n_estimators': 10, 'linear_start': False, 'epochs': 1, **options})
+        config = json.loads((tmp_path/'out'/'fits'/f"r1f1_seed{options.get('seed', 42)}"/'config.json').read_text())
+        return json.loads((tmp_path/'out'/'evaluation.json').read_text())['plan'], config['options']
+    one, config = plan()
+    assert trees == {2, 10} and [(f['fold'], f['repeat']) for f in one] == [(0, 0), (1, 0)] and [len(f['stop'])/len(f['fit'] + f['stop']) for f in one] == pytest.approx([.2]*2, abs=.03)
+    assert config['training']['lr'] == 1e-3 and config['training']['batch_size'] == 16 and config['run']['preset'] == 'small', 'the preset is small unless told otherwise'
+    other, config = plan(seed=7, test_size=.4, preset='medium', batch_size=9, folds=3)
+    assert len(other) == 3 and [len(f['stop'])/len(f['fit'] + f['stop']) for f in other] == pytest.approx([.4]*3, abs=.03)
+    assert config['training']['batch_size'] == 9 and config['training']['gradient_accumulation_steps'] == 16 and config['run']['seed'] == 7
+    assert len(read_records(tmp_path/'out'/'fits.jsonl')) == 6, 'the evaluation before is replaced'
+
+
 # ---- where the encoder comes from
 
 def test_encoders(fields, tmp_path):
     "One for each fold, from its training samples; with --transductive one for all, from all samples; or one that is given. The page says which."
     def encoders(name, **options):
-        evaluate(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', group_column='subject_id', folds=2, output_dir=tmp_path/name, pretrain_options={'epochs': 1}, **{**width, **options})
+        evaluate(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', group_column='subject_id', folds=2, output_dir=tmp_path/name, **{'pretrain_options': {'epochs': 1}, **width, 'n_estimators': 5, **options})
         page = re.sub('<[^>]+>', '', (tmp_path/name/'report.html').read_text())
         logs = '\n'.join(p.read_text() for p in sorted((tmp_path/name/'fits').glob('*_seed*.log')))
         return page, re.findall(r'(\d+) samples to fit on, (\d+) to validate and stop on, (\d+) to test on', logs)
