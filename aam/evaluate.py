@@ -9,7 +9,7 @@ __all__ = ['log', 'movable', 'own_names', 'aam_name', 'averaged_name', 'stacked_
            'run_baselines', 'make_encoder', 'run_aam', 'run_job', 'run_jobs', 'read_records', 'add_record',
            'record_key', 'identity', 'open_folder', 'stack_weight', 'gather', 'training_means', 'pooled_scores',
            'sample_scores', 'difference', 'spread_of', 'compare_methods', 'group_scores', 'prediction_table', 'verdict',
-           'where_tested', 'summarise', 'unfitted_classes', 'score_rows', 'pretraining_text', 'caveats',
+           'where_tested', 'summarise', 'unfitted_classes', 'count', 'score_rows', 'pretraining_text', 'caveats',
            'how_it_was_done', 'variant_table', 'typed_command', 'write_report', 'write_results', 'tell', 'evaluate']
 
 # %% ../nbs/34_evaluate.ipynb #34e00004
@@ -573,7 +573,13 @@ def _table(head:list, rows:list, classes=(), text=(0,)) -> str:
     return f'<div class=scroll><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/34_evaluate.ipynb #34e00033
-def _number(value, digits:str='.3f') -> str: return '–' if value is None or value != value else format(value, digits)
+def _number(value, digits:str='.3f') -> str:
+    "A number for the page: no minus before zero, a dash for nothing."
+    if value is None or value != value: return '–'
+    shown = format(value, digits)
+    return (format(0, digits) if float(shown) == 0 else shown).replace('-', '−')
+
+def count(n:int, what:str) -> str: return f"{n} {what}{'' if n == 1 else 's'}"
 
 def score_rows(e:Evaluation, results:dict, groups) -> list[dict]: # one a method
     "The table of the report, as plain values by column."
@@ -593,7 +599,7 @@ def _method_table(e:Evaluation, results:dict, rows:list[dict]) -> str:
     few = all(r['low'] is None for r in rows)
     for r in rows:
         digits = lambda n: '.3g' if n in ('MAE', 'RMSE') else '.3f'
-        interval = '–' if r['difference'] is None else f"{r['difference']:+.3f}" + ('' if r['low'] is None else f" <small>({r['low']:+.3f} to {r['high']:+.3f})</small>")
+        interval = _number(r['difference'], '+.3f') + ('' if r['low'] is None else f" <small>({_number(r['low'], '+.3f')} to {_number(r['high'], '+.3f')})</small>")
         spread = [f"{_number(r['group_p10'], '.3g')} to {_number(r['group_p90'], '.3g')}"] if e.groups else []
         seeds = [_number(r['seed_sd'])] if results['seeds'] > 1 else []
         shown.append([html.escape(r['method']), *(_number(r[n], digits(n)) for n in names), interval, *([] if few else [_number(r['p'], '.2g')]), *spread, *seeds])
@@ -608,7 +614,7 @@ def pretraining_text(e:Evaluation, records:list[dict]) -> str:
     o, target = e.options['evaluation'], e.options['target']
     found = [r['pretraining'] for r in records if r['kind'] == 'aam' and r.get('pretraining')]
     reached = [r['unifrac_r2'] for r in found if r.get('unifrac_r2') is not None]
-    how = f" On validation samples its UniFrac distances reach R2 {sum(reached)/len(reached):.3f} on average." if reached else ''
+    how = f" On validation samples its UniFrac distances reach R2 {_number(sum(reached)/len(reached))} on average." if reached else ''
     if target.pretrained_encoder:
         from aam.checkpoint import load_checkpoint
         seen = len(set(load_checkpoint(target.pretrained_encoder, kinds=('pretrain', 'train'))['training_ids']) & set(e.ids))
@@ -622,14 +628,14 @@ def caveats(e:Evaluation, results:dict, records:list[dict]) -> list[str]:
     o, rows, found = e.options['evaluation'], results['methods'], []
     if not e.groups: found.append('Samples were dealt one by one. If several come from one subject, site or date, the scores are those of known subjects; <code>--group-column</code> gives those of new ones.')
     if e.groups and results['groups'] < fewest_groups: found.append(f"{results['groups']} values of {html.escape(e.unit)}: too few groups for an interval or a p value.")
-    if results['unfitted_classes']: found.append('Some classes were absent from the training samples of a fold and count as wrong there: ' + html.escape(', '.join(f'{c} ({n} folds)' for c, n in results['unfitted_classes'].items())) + '.')
+    if results['unfitted_classes']: found.append('Some classes were absent from the training samples of a fold and count as wrong there: ' + html.escape(', '.join(f'{c} ({count(n, "fold")})' for c, n in results['unfitted_classes'].items())) + '.')
     near = [n for n in ('depth and richness', 'technical columns') if n in rows and aam_name in rows and rows[n][e.score] > (rows[aam_name][e.score] + rows.get('mean', rows.get('majority'))[e.score])/2]
     for n in near: found.append(f'<b>{html.escape(n)} alone</b> predict more than half as well as aam ({score_names[e.score]} {rows[n][e.score]:.3f}): part of what the methods find may be how samples were processed.')
     if not o.technical_columns: found.append('No technical columns were named (<code>--technical-columns</code>: plate, run, centre), so it is not known what they would predict by themselves.')
     if e.inputs.distances is None and e.inputs.branches is None: found.append('Without <code>--tree</code> or <code>--unifrac-matrix</code> there is no UniFrac: neither nearest neighbours nor the UniFrac part of pre-training.')
     if o.seeds == 1: found.append('Each fold has one fit of aam; how much another seed would change is not known (<code>--seeds</code>).')
     found.append('The verdict is about <i>aam</i>. The other rows in blue are further methods with a chance of their own to look good; decide before looking which one you would use.')
-    if e.inputs.dropped: found.append(f'{len(e.inputs.dropped)} samples were left out, with reasons in <code>dropped_samples.tsv</code>.')
+    if e.inputs.dropped: found.append(f"{count(len(e.inputs.dropped), 'sample')} left out, with reasons in <code>dropped_samples.tsv</code>.")
     return found
 
 # %% ../nbs/34_evaluate.ipynb #34e00035
@@ -638,7 +644,7 @@ def how_it_was_done(e:Evaluation, results:dict, records:list[dict]) -> str:
     o = e.options['evaluation']
     dealt = f"each {html.escape(o.leave_one_out_column)} was left out once" if o.leave_one_out_column else f"the samples were dealt into {results['folds']} folds" + (f", {results['repeats']} times" if results['repeats'] > 1 else '') + (f', all samples of a {html.escape(o.group_column)} in the same one' if o.group_column else '') + (', classes in proportion' if e.classes else '')
     score = 'the share of samples whose class was right' if e.classes else "1 - squared error / squared error of predicting the training mean: 1 is perfect, 0 is as good as guessing"
-    test = "The interval is the corrected resampled t interval of Nadeau and Bengio (2003) over the folds' differences; p is from random changes of sign, " + (f'one for each {html.escape(e.unit)}.' if e.groups else 'one for each sample.')
+    test = "The interval is the corrected resampled t interval of Nadeau and Bengio (2003) over the folds' differences: it allows for other training samples. p comes from random changes of sign, " + (f'one for each {html.escape(e.unit)}' if e.groups else 'one for each sample') + ', and takes the fits as they are: it says whether those tested agree, not what other training samples would have given. The verdict goes by the interval.'
     picked = ', '.join(f'{html.escape(n)} ({results["best_baselines"].count(n)})' for n in dict.fromkeys(results['best_baselines']))
     weights = results['stack_weights']
     text = [f"To test on samples that no fit has seen, {dealt}. Each sample was tested once{' in each dealing' if results['repeats'] > 1 else ''}, and all methods were tested on the same folds. {score_names[e.score].capitalize()} is {score}; it is taken over all test samples together.",
@@ -662,6 +668,12 @@ def typed_command(given:dict) -> str:
     said = [option_name(k) if v is True else option_name(f'no_{k}') if v is False else f'{option_name(k)} {word(v)}' for k, v in given.items() if k not in ('overwrite',) and v is not None]
     return ' \\\n  '.join(['aam evaluate', *said])
 
+def _introduction(e:Evaluation, results:dict) -> str:
+    "What was compared, in two sentences."
+    n = sum(name not in (aam_name, averaged_name, stacked_name, 'best baseline') for name in results['methods'])
+    meant = 'Accuracy is the share of samples whose class is right.' if e.classes else 'R2 is 1 for perfect predictions and 0 for predictions as good as the mean.'
+    return f"<p>aam, a transformer that reads the sequences and abundances of a sample's ASVs, was compared with {count(n, 'method')} that need no deep learning. All predicted samples that they had not been fitted to, and all were fitted on the same other samples. {meant}</p>"
+
 def write_report(e:Evaluation, results:dict, rows:list[dict], records:list[dict], picture:bytes, path:Path):
     "Writes `report.html`."
     from datetime import date
@@ -669,8 +681,8 @@ def write_report(e:Evaluation, results:dict, rows:list[dict], records:list[dict]
     column = html.escape(results['column'])
     counted = f"{results['samples']} samples" + (f" of {results['groups']} values of {html.escape(e.unit)}" if e.groups else '') + (f", {len(e.classes)} classes" if e.classes else '')
     verdicts = ''.join(f'<p class="verdict{"" if name == aam_name else " minor"}">{html.escape(text)}</p>' for name, text in results.get('verdicts', {}).items())
-    parts = [f'<h1>Does aam predict {column} better than tree ensembles and other baselines?</h1><p class=under>{counted}; {date.today():%d %B %Y}, aam {__version__}</p>', verdicts,
-             f'<h2>Scores {html.escape(where_tested(e))}</h2><p><img alt="Scores of all methods and their differences to the best baseline" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>', _method_table(e, results, rows),
+    parts = [f'<h1>Does aam predict {column} better than tree ensembles and other baselines?</h1><p class=under>{counted}; {date.today():%d %B %Y}, aam {__version__}</p>', verdicts, _introduction(e, results),
+             f'<h2>Scores</h2><p><img alt="Scores of all methods and their differences to the best baseline" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>', _method_table(e, results, rows),
              '<h2>How it was done</h2>', how_it_was_done(e, results, records), '<h2>What to beware of</h2><ul>' + ''.join(f'<li>{c}</li>' for c in caveats(e, results, records)) + '</ul>',
              '<h2>Which variants were chosen</h2>', variant_table(results),
              f"<h2>To do it again</h2><pre>{html.escape(typed_command(e.given))}</pre><p><small>{len(records)} fits, {results['minutes']:g} minutes of fitting. Predictions of every method for every sample are in predictions.tsv, scores by {html.escape(e.unit)} in groups.tsv.</small></p>"]

@@ -236,7 +236,7 @@ def _score_axes(axes, rows:dict, score:str, colours:dict):
         axes.plot(row[score], place, 'o', color=colours[name], markersize=8)
         axes.annotate(f'{row[score]:.3f}', (row[score], place), (0, 7), textcoords='offset points', ha='center', fontsize=8, color=colours[name])
     shown = [v for row in rows.values() for v in row['folds'] if v > low - 0.5] + [row[score] for row in rows.values()]
-    margin = 0.06*(max(shown) - min(shown) or 1)
+    margin = 0.1*(max(shown) - min(shown) or 1)
     axes.set_xlim(min(shown) - margin, max(shown) + margin) # single folds far below the worst method would squeeze all the others
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.7)

@@ -166,7 +166,7 @@ def test_class_absent_from_a_training_fold_counts_as_wrong(fields, tmp_path):
     bog = found[found.actual == 'bog']
     assert len(bog) == 4 and (bog[list(results['methods'])] != 'bog').all(axis=None)
     for name, row in results['methods'].items(): assert row['accuracy'] == pytest.approx((found[name] == found.actual).mean()), name
-    assert 'bog (1 folds)' in (tmp_path/'out'/'report.html').read_text() and found.groupby('subject_id').fold.nunique().max() == 1
+    assert 'bog (1 fold)' in (tmp_path/'out'/'report.html').read_text() and found.groupby('subject_id').fold.nunique().max() == 1
 
 
 # ---- statistics beside those of others
