@@ -72,7 +72,8 @@ class Cell:
         everything = unusual(self.options)
         own = {k: everything.get(k) for k in ('metadata_column', 'classifier', 'group_column', 'technical_columns', 'folds', 'seed', 'test_size', 'n_estimators', 'rarefy_depth', 'rarefy_seed', 'unifrac_metric', 'categorical_columns')}
         everything.pop('repeats', None); everything.pop('seeds', None) # more of them leave the first as they are
-        return dict(baselines=digest(own, self.about, self.share), aam=digest(everything, self.about, self.share))
+        about = {k: v for k, v in self.about.items() if k != 'primary'}
+        return dict(baselines=digest(own, about, self.share), aam=digest(everything, about, self.share))
 
     @cached_property
     def evaluation(self):
@@ -149,6 +150,8 @@ class Study:
             add_record(self.path, record); self.records.append(record)
             print(f"{cell.task}, {cell.variant if job.kind == 'aam' else 'baselines'}, {100*cell.share:g} % of labels, fold {job.fold.fold + 1}: {record['seconds']:.0f} s, {(stop_at - time.time())/60:.1f} min left", flush=True)
         run_jobs(jobs, args.jobs, finished, may_start, go_on=True)
+        left = len(jobs) - sum(map(len, took.values()))
+        if left: print(f'{left} fits left (no time, or failed): the same command goes on', flush=True)
 
 
 # ---- the page
