@@ -27,6 +27,7 @@ from aam.layers import Block
 from aam.optim import Schedule
 from aam.predictor import Model, TargetHead
 from aam.table import read_table
+from aam.train import train
 from aam.unifrac import read_distances, read_faith_pd
 
 torch.set_num_threads(1)
@@ -464,11 +465,16 @@ elsewhere_of = {
         'overwrite': 'test_errors.py::test_existing_output_survives', 'output': 'test_errors.py::test_existing_output_survives', 'table': 'test_rf_baseline.py::test_order_of_the_table_does_not_matter',
         'metadata': 'test_rf_baseline.py::test_missing_values_are_masked_column_by_column', 'metadata-column': 'test_rf_baseline.py::test_numbers_as_sklearn',
         **{f'{part}-samples': 'test_rf_baseline.py::test_numbers_as_sklearn' for part in ('train', 'val', 'test')}},
+    'evaluate': {o.replace('_', '-'): 'test_evaluate.py::test_options_reach_the_fits' for o in train.__signature__.parameters} | {
+        'categorical-help': 'test_categories.py::test_help_on_categories', 'overwrite': 'test_evaluate.py::test_options_of_the_evaluation', 'output-dir': 'test_evaluate.py::test_killed_evaluation_goes_on',
+        'jobs': 'test_evaluate.py::test_killed_evaluation_goes_on', 'technical-columns': 'test_evaluate.py::test_report_needs_nothing_else', 'leave-one-out-column': 'test_evaluate.py::test_report_needs_nothing_else',
+        'group-column': 'test_evaluate.py::test_signal_that_only_known_subjects_have', 'repeats': 'test_evaluate.py::test_scores_are_those_of_scikit_learn', 'seeds': 'test_evaluate.py::test_scores_are_those_of_scikit_learn',
+        **{o: 'test_evaluate.py::test_options_of_the_evaluation' for o in ('folds', 'test-size', 'n-estimators', 'preset', 'seed')}, **{o: 'test_evaluate.py::test_encoders' for o in ('pretrain', 'transductive', 'pretrain-options')}},
     'predict': {'asv-chunk-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'table': 'test_invariance.py::test_company_changes_no_prediction', 'overwrite': f'{Path(__file__).name}::test_predict_refuses_to_replace'},
 }
 
 
-@pytest.mark.parametrize('command', ['pretrain', 'train', 'predict', 'rf-baseline'])
+@pytest.mark.parametrize('command', ['pretrain', 'train', 'predict', 'rf-baseline', 'evaluate'])
 def test_no_option_is_without_a_test(command):
     shown = {s.removeprefix('--') for a in command_parser(load_command(command), command)._actions for s in a.option_strings[:1] if s.startswith('--') and a.help != argparse.SUPPRESS}
     own = {o for o in effects if of_one.get(o, command) == command} if command in ('pretrain', 'train') else set()
