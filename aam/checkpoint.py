@@ -46,7 +46,7 @@ def describe_model(model:Model) -> dict:
     "What `build_model` needs, and the weights."
     target = model.heads['target'] if 'target' in model.tasks else None
     outputs, linear = (len(target.centre), target.linear) if target else (0, None)
-    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1,
+    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else len(linear.landmarks.rows),
                 head=model.head.to_dict(), quantiles=model.quantiles,
                 categories=model.categories and model.categories.to_dict(), vocabulary=model.vocabulary,
                 weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
@@ -55,7 +55,7 @@ def build_model(state:dict, **memory) -> Model:
     "The model that `state` describes, with its weights."
     categories = CategoryOptions(**state['categories']) if state.get('categories') else None
     model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], categories=categories, vocabulary=state.get('vocabulary'),
-                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], **memory)
+                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], landmarks=state['landmarks'], **memory)
     model.load_state_dict(state['weights'])
     return model
 

@@ -217,6 +217,7 @@ class TargetOptions(Options):
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
     linear_start:Flag=True # start from a penalised linear model on the training ASVs
+    landmarks:Number(int, 0)=0 # training samples that the linear start also compares a sample with (Bray-Curtis and Jaccard); 0: none
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]

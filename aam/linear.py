@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'ridge_strengths', 'logistic_strengths', 'known_asvs', 'identify', 'slot_weights', 'one_hot', 'linear_features',
-           'block_scales', 'LinearPath', 'fit_linear', 'folds']
+           'block_scales', 'padded_draws', 'Landmarks', 'LinearPath', 'fit_linear', 'folds']
 
 # %% ../nbs/09_linear.ipynb #ffe09df0
 import logging
@@ -45,8 +45,8 @@ def one_hot(
     "1 for the value that a sample has in each column; a column that is unknown is all 0."
     return sparse.hstack([sparse.csr_matrix(column[:, None] == np.arange(1, n + 1)) for column, n in zip(categories.T, sizes)]).astype(float).tocsr()
 
-def linear_features(data:SampleData, samples, sizes:list[int]=()) -> sparse.csr_matrix: # (N, 2V + K)
-    "The blocks of features of `samples`, as they are in evaluation; `data.identity` numbers the ASVs; `sizes` as in `one_hot`, without any there is no third block."
+def linear_features(data:SampleData, samples, sizes:list[int]=(), landmarks=None) -> sparse.csr_matrix: # (N, 2V + M + K)
+    "The blocks of features of `samples`, as they are in evaluation; `data.identity` numbers the ASVs; of `landmarks` (see below) and `sizes` (as in `one_hot`) only with any."
     V, columns, blocks = int(data.identity.max()), [], ([], [])
     for i in samples:
         draw = limit_asvs(data, view_draw(data, 'target', i, 0, False), 0, data.table.sample_ids[i], False)
@@ -55,13 +55,64 @@ def linear_features(data:SampleData, samples, sizes:list[int]=()) -> sparse.csr_
         for block, w in zip(blocks, slot_weights(draw.abundance[None], np.ones((1, len(draw.asvs))))): block.append(w[0][number > 0])
     starts = np.cumsum([0, *map(len, columns)])
     both = [sparse.csr_matrix((np.concatenate(b, dtype=float), np.concatenate(columns), starts), (len(columns), V)) for b in blocks]
-    return sparse.hstack([*both, *([one_hot(data.categories[list(samples)], sizes)] if len(sizes) else [])]).tocsr()
+    more = ([landmarks.features(data, samples)] if landmarks is not None else []) + ([one_hot(data.categories[list(samples)], sizes)] if len(sizes) else [])
+    return sparse.hstack([*both, *more]).tocsr()
 
-def block_scales(features:sparse.csr_matrix, categories:int=0) -> np.ndarray: # (2V + K,)
-    "One over the root of the total variance of each block; the last `categories` columns are the third block."
-    V = (features.shape[1] - categories)//2
+def block_scales(features:sparse.csr_matrix, more:list[int]=()) -> np.ndarray: # (2V + M + K,)
+    "One over the root of the total variance of each block; `more` are the columns of the blocks after the first two, which are alike."
+    V = (features.shape[1] - sum(more))//2
     variance = np.asarray(features.multiply(features).mean(0)).ravel() - np.asarray(features.mean(0)).ravel()**2
-    return np.concatenate([np.full(len(b), 1/max(b.sum(), 1e-12)**.5) for b in np.split(variance, [V, 2*V])])
+    return np.concatenate([np.full(len(b), 1/max(b.sum(), 1e-12)**.5) for b in np.split(variance, np.cumsum([V, V, *more])[:-1])])
+
+# %% ../nbs/09_linear.ipynb #09aa0002
+def padded_draws(data:SampleData, samples) -> tuple: # identity (N, S), abundance (N, S), mask (N, S)
+    "The evaluation draws of `samples`."
+    draws = [limit_asvs(data, view_draw(data, 'target', i, 0, False), 0, data.table.sample_ids[i], False) for i in samples]
+    shape = len(draws), max((len(d.asvs) for d in draws), default=1)
+    identity, abundance, mask = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
+    for row, d in enumerate(draws):
+        n = len(d.asvs)
+        identity[row, :n], abundance[row, :n], mask[row, :n] = data.identity[d.asvs], d.abundance, 1
+    return identity, abundance, mask
+
+class Landmarks(nn.Module):
+    "Similarity of samples to training samples."
+    def __init__(self, known:int, number:int): # known ASVs V, landmarks M
+        super().__init__()
+        self.register_buffer('rows', torch.zeros(number, known + 1)) # abundances; column 0 stays empty
+        self.register_buffer('total', torch.zeros(2, number)) # abundance and ASVs, those not known included
+        self.register_buffer('median', torch.ones(2))
+
+    def distances(self, identity:Tensor, abundance:Tensor, mask:Tensor) -> Tensor: # (B, S) each -> (2, B, M)
+        "Bray-Curtis and Jaccard."
+        mask, rows = mask.to(abundance.dtype), self.rows.to(abundance.dtype)
+        x = abundance.new_zeros(len(identity), rows.shape[1]).scatter_add(1, identity, abundance*mask)
+        x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
+        total = torch.stack([(abundance*mask).sum(1), mask.sum(1)])[:, :, None] + self.total[:, None].to(abundance.dtype)
+        smaller = (x.sum(1)[:, None] + rows.sum(1) - torch.cdist(x, rows, p=1))/2 # sum of the smaller of both abundances
+        shared = (x > 0).to(x.dtype) @ (rows > 0).to(x.dtype).T
+        return torch.stack([1 - 2*smaller/total[0].clamp_min(1e-6), 1 - shared/(total[1] - shared).clamp_min(1)])
+
+    def similarity(self, identity:Tensor, abundance:Tensor, mask:Tensor) -> Tensor: # (B, M)
+        d = self.distances(identity, abundance, mask)
+        return torch.exp(-d/(3*self.median.to(d.dtype)[:, None, None])).mean(0)
+
+    def place(self, data:SampleData, samples):
+        "Takes `samples` as landmarks; prepares `features`."
+        identity, abundance, mask = map(torch.from_numpy, padded_draws(data, samples))
+        self.rows.scatter_add_(1, identity, (abundance*mask).float()); self.rows[:, 0] = 0
+        self.total.copy_(torch.stack([(abundance*mask).sum(1), mask.sum(1)]))
+        d = self.distances(identity, abundance, mask)
+        self.median.copy_(torch.stack([x[~torch.eye(len(x), dtype=bool)].median() if len(x) > 1 else x.new_tensor(1.) for x in d]).clamp_min(1e-3))
+        values, vectors = np.linalg.eigh(self.similarity(identity, abundance, mask).numpy())
+        kept = values > 1e-6*values.max()
+        self.combine = vectors[:, kept] / values[kept]**.5 # (M, columns)
+
+    def features(self, data:SampleData, samples, chunk:int=256) -> np.ndarray: # (N, columns)
+        "Columns whose inner products are the similarities."
+        samples = list(samples)
+        parts = [self.similarity(*map(torch.from_numpy, padded_draws(data, samples[i:i + chunk]))).numpy() for i in range(0, len(samples), chunk)]
+        return np.concatenate(parts) @ self.combine
 
 # %% ../nbs/09_linear.ipynb #0d330fd3
 class LinearPath(nn.Module):
@@ -70,18 +121,30 @@ class LinearPath(nn.Module):
         known:int, # known ASVs V
         outputs:int, # O
         sizes:list[int]=(), # values of each categorical column, without unknown, (C,)
+        landmarks:int=0, # training samples that a sample is compared with
     ):
         super().__init__()
         self.sizes = list(sizes)
+        self.landmarks = Landmarks(known, landmarks) if landmarks else None
+        if landmarks: self.register_buffer('landmark_weight', torch.zeros(landmarks, outputs))
         self.register_buffer('abundance_weight', torch.zeros(known + 1, outputs)) # row 0: not known
         self.register_buffer('presence_weight', torch.zeros(known + 1, outputs))
         if self.sizes: self.register_buffer('category_weight', torch.zeros(len(self.sizes), max(self.sizes) + 1, outputs)) # row 0: unknown
         self.register_buffer('bias', torch.zeros(outputs))
 
-    def set(self, coefficients:np.ndarray, bias:np.ndarray): # (2V + K, O), (O,)
+    @property
+    def more(self) -> list[int]:
+        "Columns of the blocks after the first two."
+        return ([] if self.landmarks is None else [self.landmarks.combine.shape[1]]) + ([sum(self.sizes)] if self.sizes else [])
+
+    def set(self, coefficients:np.ndarray, bias:np.ndarray): # (2V + M + K, O), (O,)
         "Takes over a fitted model."
         V = len(self.abundance_weight) - 1
-        abundance, presence, *categories = np.split(coefficients, [V, *(2*V + np.cumsum([0, *self.sizes]))])[:2 + len(self.sizes)]
+        abundance, presence, coefficients = np.split(coefficients, [V, 2*V])
+        if self.landmarks is not None:
+            similar, coefficients = np.split(coefficients, [self.landmarks.combine.shape[1]])
+            self.landmark_weight.copy_(torch.as_tensor(self.landmarks.combine @ similar))
+        categories = np.split(coefficients, np.cumsum(self.sizes))[:len(self.sizes)]
         for column, values in enumerate(categories): self.category_weight[column, 1:len(values) + 1] = torch.as_tensor(values, dtype=torch.float32)
         for buffer, values in ((self.abundance_weight[1:], abundance), (self.presence_weight[1:], presence), (self.bias, bias)):
             buffer.copy_(torch.as_tensor(values, dtype=torch.float32))
@@ -97,7 +160,8 @@ class LinearPath(nn.Module):
         categories:Tensor=None, # value of each categorical column, 0 unknown, (B, C)
     ) -> Tensor: # (B, O)
         a, p = slot_weights(abundance.float(), mask.float())
-        return self.bias + self.of_categories(categories) + (a[..., None] * F.embedding(identity, self.abundance_weight) + p[..., None] * F.embedding(identity, self.presence_weight)).sum(1)
+        similar = 0. if self.landmarks is None else self.landmarks.similarity(identity, abundance.float(), mask) @ self.landmark_weight
+        return self.bias + self.of_categories(categories) + similar + (a[..., None] * F.embedding(identity, self.abundance_weight) + p[..., None] * F.embedding(identity, self.presence_weight)).sum(1)
 
 # %% ../nbs/09_linear.ipynb #a5c94c3d
 def _ridge(X, y, strength):
@@ -130,17 +194,17 @@ def _loss(outputs, y, classes):
 ridge_strengths, logistic_strengths = np.logspace(-2, 3, 11), np.array([3., 10., 30., 100., 300., 1000.])
 
 def fit_linear(
-    X:sparse.csr_matrix, # features of the fit samples, (N, 2V + K)
+    X:sparse.csr_matrix, # features of the fit samples, (N, 2V + M + K)
     y:np.ndarray, # standardised targets (N, O), NaN missing; or classes (N,)
     X_stop:sparse.csr_matrix, # features of the stop samples
     y_stop:np.ndarray, # their targets
     classes:int=0, # number of classes; 0 for regression
     groups=None, # group of each fit sample, kept in one fold
     seed:int=42,
-    categories:int=0, # columns of the third block K
-): # coefficients (2V + K, O), bias (O,), out-of-fold outputs (N, O)
+    more:list[int]=(), # columns of the blocks after the first two
+): # coefficients (2V + M + K, O), bias (O,), out-of-fold outputs (N, O)
     "A ridge or logistic regression whose penalty the stop samples choose."
-    scales = block_scales(X, categories)
+    scales = block_scales(X, more)
     X, X_stop = X.multiply(scales).tocsr(), X_stop.multiply(scales).tocsr()
     if X.shape[0]*X.shape[1] < 1e8: X, X_stop = X.toarray(), X_stop.toarray() # dense solvers are exact
     fit = (lambda X, y, s: _logistic(X, y, s, classes)) if classes else _ridge

@@ -136,6 +136,7 @@ class TargetHead(nn.Module):
         vocabulary:dict=None, # values of these columns; without any: no conditioning
         head:HeadOptions=None, # layers and range
         quantiles:list=(), # levels to predict of each output, rising (Q,); none: one number
+        landmarks:int=0, # training samples that the linear path compares a sample with
     ):
         super().__init__()
         head = head or HeadOptions()
@@ -151,7 +152,7 @@ class TargetHead(nn.Module):
         if self.wide is not None:
             self.sums_standardise, self.sums_dropout = RunningStandardise(2*W), nn.Dropout(options.dropout)
             for w in self.wide: nn.init.zeros_(w.weight)
-        self.linear = LinearPath(known, outputs, [len(values) for values in (vocabulary or {}).values()]) if known else None
+        self.linear = LinearPath(known, outputs, [len(values) for values in (vocabulary or {}).values()], landmarks) if known else None
         if known: nn.init.zeros_(self.deep[-1].weight); nn.init.zeros_(self.deep[-1].bias)
         self.conditioning = Conditioning(categories, vocabulary, D, options.attention_heads, outputs) if vocabulary else None
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
@@ -222,6 +223,7 @@ class Model(nn.Module):
         vocabulary:dict=None, # values of these columns
         head:HeadOptions=None, # of the target head
         quantiles:list=(), # levels that it predicts
+        landmarks:int=0, # training samples that its linear path compares a sample with
     ):
         super().__init__()
         self.options, self.tasks, self.frozen = options, tuple(tasks), False
@@ -229,7 +231,7 @@ class Model(nn.Module):
         self.categories, self.vocabulary = categories, vocabulary or {}
         self.encoder = Encoder(options, checkpointing, chunk_size)
         width = self.encoder.asvs.width
-        builders = dict(target=lambda: TargetHead(options, outputs, known, categories, vocabulary, self.head, self.quantiles), count=lambda: CountHead(options, width),
+        builders = dict(target=lambda: TargetHead(options, outputs, known, categories, vocabulary, self.head, self.quantiles, landmarks), count=lambda: CountHead(options, width),
                         unifrac=lambda: unifrac_heads[options.unifrac_head](options, width), nuc=lambda: NucleotideHead(options))
         self.heads = nn.ModuleDict({task: builders[task]() for task in tasks})
 

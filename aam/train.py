@@ -133,6 +133,7 @@ class Task:
     deviation:object=None # and their deviation
     units:dict=None # of the self-supervised losses
     known:list=() # ASVs of the linear path
+    landmarks:list=() # positions of the samples that it compares others with
 
 # %% ../nbs/31_train.ipynb #365edaa7
 def read_task(session, weights:dict) -> Task:
@@ -151,6 +152,7 @@ def read_task(session, weights:dict) -> Task:
 
 def fit_task(session, task:Task, log):
     "Fits on the fit samples what does not need a model, and gives `task.data` the targets and categories of all samples."
+    import numpy as np
     import torch
     from aam.linear import known_asvs
     from aam.losses import choose_class_weights
@@ -163,6 +165,7 @@ def fit_task(session, task:Task, log):
     if not goal.classes: warn_of_range(log, o['head'], goal, data.target[fit], o['target'].target_transform)
     task.units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in task.weights else 1., count_deviation=count_deviation(data, fit))
     if o['target'].linear_start: task.known = known_asvs(data, fit)
+    if task.known and (most := o['target'].landmarks): task.landmarks = fit if len(fit) <= most else sorted(np.random.default_rng(o['run'].seed).choice(fit, most, replace=False).tolist())
 
 def facts(session, task:Task) -> dict:
     "What a checkpoint says of the task, beside options and weights."
@@ -180,8 +183,10 @@ def start_linear(head, task:Task, groups, seed:int):
     centre, scale = head.centre.numpy(), head.scale.numpy()
     y = data.target if goal.classes else (data.target - centre) / scale
     groups = None if groups is None else groups.fillna('').astype(str).to_numpy()
-    features = lambda samples: linear_features(data, samples, head.linear.sizes)
-    weights, bias, left_out = fit_linear(features(fit), y[fit], features(stop), y[stop], len(goal.classes or ()), groups, seed, sum(head.linear.sizes))
+    landmarks = head.linear.landmarks
+    if landmarks is not None: landmarks.place(data, task.landmarks)
+    features = lambda samples: linear_features(data, samples, head.linear.sizes, landmarks)
+    weights, bias, left_out = fit_linear(features(fit), y[fit], features(stop), y[stop], len(goal.classes or ()), groups, seed, head.linear.more)
     if goal.classes:
         shift = -centre if class_weights is None else np.log(np.maximum(class_weights.numpy(), 1e-3)) - centre # weights act like more samples; the head adds log priors
         bias, left_out = bias + shift, left_out + shift
@@ -205,7 +210,7 @@ def build_model(session, task:Task, pretrained:dict=None) -> tuple: # model, nam
     from aam.predictor import Model
     o, goal, training, group = session.options, task.goal, session.options['training'], session.options['split'].group_column
     torch.manual_seed(o['run'].seed)
-    model = Model(o['encoder'], tuple(task.weights), goal.outputs, len(task.known), training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or ())
+    model = Model(o['encoder'], tuple(task.weights), goal.outputs, len(task.known), training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or (), len(task.landmarks))
     head = model.heads['target']
     head.centre.copy_(torch.tensor(task.centre)); head.scale.copy_(torch.tensor(task.deviation))
     if task.known: start_linear(head, task, get_column(task.inputs.frame, group).iloc[task.fit] if group else None, o['run'].seed)
