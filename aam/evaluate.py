@@ -196,7 +196,7 @@ def give_encoder(job:Job, pretraining:dict, parts, encoders:Path):
     job.encoder = Path(encoders)/f'{hashlib.sha256(made_of.encode()).hexdigest()[:12]}_seed{seed}'
 
 # %% ../nbs/34_evaluate.ipynb #34e00011
-movable = {'device', 'num_workers', 'jobs', 'overwrite', 'output_dir', 'gradient_checkpointing', 'asv_chunk_size', 'compile_model'} # may change while an evaluation goes on
+movable = {'device', 'num_workers', 'jobs', 'overwrite', 'output_dir', 'gradient_checkpointing', 'asv_chunk_size', 'compile_model'} # no part of what a fit is
 
 # %% ../nbs/34_evaluate.ipynb #34e00013
 _read = {} # evaluations that this process has read, by their options
