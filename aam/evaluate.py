@@ -396,12 +396,14 @@ def stack_weight(
     ours, # predictions of aam, (n,) or (n, C)
     trees, # out-of-fold predictions of the trees
 ) -> float: # weight of aam, 0 to 1
-    "The weight with the least squared error, or log loss."
+    "The weight nearest to 1/2 whose squared error, or log loss, is within one standard error of the least."
     import numpy as np
     grid = np.linspace(0, 1, 21)
-    if np.ndim(ours) == 1: losses = [((y - w*ours - (1 - w)*trees)**2).mean() for w in grid]
-    else: losses = [-np.log(np.clip((w*ours + (1 - w)*trees)[np.arange(len(y)), y], 1e-3, 1)).mean() for w in grid]
-    return float(grid[int(np.argmin(losses))])
+    if np.ndim(ours) == 1: losses = np.array([(y - w*ours - (1 - w)*trees)**2 for w in grid])
+    else: losses = np.array([-np.log(np.clip((w*ours + (1 - w)*trees)[np.arange(len(y)), y], 1e-3, 1)) for w in grid])
+    more = losses - losses[losses.mean(1).argmin()]
+    near = more.mean(1) <= more.std(1)/len(y)**.5
+    return float(min(grid[near], key=lambda w: abs(w - .5)))
 
 # %% ../nbs/34_evaluate.ipynb #34e00023
 def gather(e:Evaluation, records:list[dict]) -> tuple: # by method (R, S, N) or (R, S, N, C); NaN where a fit is missing; weights of the stack (R, S, F)
@@ -650,7 +652,7 @@ def how_it_was_done(e:Evaluation, results:dict, records:list[dict]) -> str:
     text = [f"To test on samples that no fit has seen, {dealt}. Each sample was tested once{' in each dealing' if results['repeats'] > 1 else ''}, and all methods were tested on the same folds. {score_names[e.score].capitalize()} is {score}; it is taken over all test samples together.",
             f"All baselines were fitted on all training samples of a fold, each with the variant (kind of feature, penalty, ...) that a cross-validation inside them chose. <b>Best baseline</b> is in each fold the method with the best score in that inner cross-validation, not the one that turned out best: {picked} (number of folds).",
             f"aam was fitted on {100*(1 - o.test_size):.0f} % of the training samples; the other {100*o.test_size:.0f} % decided when to stop{f', {o.seeds} times with different seeds' if o.seeds > 1 else ''}. {pretraining_text(e, records)}"]
-    if weights: text.append(f"<b>aam + trees</b> is a weighted mean of aam and ExtraTrees. The weight of aam was chosen in each fold on its stop samples, with out-of-fold predictions of the trees: {sum(weights)/len(weights):.2f} on average ({min(weights):.2f} to {max(weights):.2f}).")
+    if weights: text.append(f"<b>aam + trees</b> is a weighted mean of aam and ExtraTrees. The weight of aam was chosen in each fold on its stop samples, with out-of-fold predictions of the trees, and stays near 1/2 unless another is clearly better: {sum(weights)/len(weights):.2f} on average ({min(weights):.2f} to {max(weights):.2f}).")
     if any(r['low'] is not None for r in results['methods'].values() if 'low' in r): text.append(test)
     return ''.join(f'<p>{t}</p>' for t in text)
 
