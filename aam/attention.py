@@ -84,9 +84,9 @@ if triton:
             dk, dv = tl.zeros((M, W), tl.float32), tl.zeros((M, W), tl.float32)
             for start in range(0, T, N):
                 queries = start + tl.arange(0, N)
-                at_out, there = queries[:, None]*(H*D) + columns, (queries < T)[:, None] & (columns < D)
+                at_query, there = queries[:, None]*(H*D) + columns, (queries < T)[:, None] & (columns < D)
                 q = tl.load(project + queries[:, None]*(3*H*D) + columns, there, 0.)
-                g, o = tl.load(grad + at_out, there, 0.), tl.load(out + at_out, there, 0.)
+                g, o = tl.load(grad + at_query, there, 0.), tl.load(out + at_query, there, 0.)
                 level = tl.load(lse + queries, queries < T, float('inf')) # queries beyond the end look at nothing
                 centre = tl.sum(g.to(tl.float32)*o.to(tl.float32), 1)
                 weight = tl.exp2(tl.dot(k, tl.trans(q))*scale - level)

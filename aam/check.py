@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['subject_words', 'sections', 'CheckOptions', 'Report', 'catch_warnings', 'check_sequences', 'check_matrix',
            'check_target', 'class_facts', 'number_facts', 'target_findings', 'check_split', 'group_findings',
-           'forgotten_groups', 'check_fitting', 'check_technical', 'depth_facts', 'check_depth', 'batch_size_facts',
-           'block_seconds', 'parameters_of', 'check_cost', 'duration', 'counted', 'histogram_text', 'lines_up',
-           'show_losses', 'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical', 'show_depth',
-           'show_cost', 'report_text', 'check_columns', 'examine', 'losses', 'check']
+           'forgotten_groups', 'check_fitting', 'check_technical', 'depth_facts', 'check_depth', 'batch_facts',
+           'block_seconds', 'parameters_of', 'memory_bytes', 'check_cost', 'duration', 'counted', 'histogram_text',
+           'lines_up', 'show_losses', 'show_sequences', 'show_matrix', 'show_target', 'show_split', 'show_technical',
+           'show_depth', 'show_cost', 'report_text', 'check_columns', 'examine', 'losses', 'check']
 
 # %% ../nbs/37_check.ipynb #1d345bef
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .config import (AamError, CategoryOptions, EncoderOptions, InputOptions, Number, Options, SplitOptions, TargetOptions, build_options, choice, command,
-                        device_names, option_name, preset_names, target_transform_names)
+                        device_names, option_name, preset_names, target_transform_names, unifrac_options, unifrac_source)
 
 # %% ../nbs/37_check.ipynb #705a53f2
 @dataclass
@@ -114,15 +114,22 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
         report.add('note', f"{alike.sum()} of {len(alike)} ASVs ({100*facts['max_bp']['reads_alike']:.1f} % of the reads) begin with the same {max_bp} bases (--max-bp) as another: the nucleotide stack sees them alike; --max-bp {facts['max_bp']['all_apart_at']} tells all apart")
     report.facts['sequences'] = facts
 
-def check_matrix(report:Report, inputs, input:InputOptions, metric:str, frame_ids:list):
-    "Whether the matrix is about the samples of the table."
-    from aam.diagnosis import matrix_facts, matrix_findings
+def check_matrix(report:Report, inputs, input:InputOptions, encoder:EncoderOptions, frame_ids:list):
+    "Whether the matrix, or the diversities, are about the samples of the table."
+    from aam.diagnosis import diversity_facts, diversity_findings, matrix_facts, matrix_findings, record_findings
+    metric = encoder.unifrac_metric
+    report.findings += record_findings(input, metric, encoder.unifrac_alpha)
+    if inputs.diversities is not None:
+        facts = diversity_facts(inputs, input.rarefy_depth or inputs.depth)
+        report.findings += diversity_findings(facts, input.faith_pd)
+        report.facts['matrix'] = dict(metric=metric, file=Path(input.faith_pd).name, **(facts or {}))
+        return
     if inputs.distances is None:
-        report.facts['matrix'] = dict(tree=Path(input.tree).name if input.tree else None)
+        report.facts['matrix'] = dict(metric=metric, tree=Path(input.tree).name if input.tree else None)
         return
     facts = matrix_facts(inputs.table, inputs.distances, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
     report.findings += matrix_findings(facts, input.unifrac_matrix, metric)
-    report.facts['matrix'] = dict(file=Path(input.unifrac_matrix).name, **(facts or {}))
+    report.facts['matrix'] = dict(metric=metric, file=Path(input.unifrac_matrix).name, **(facts or {}))
 
 # %% ../nbs/37_check.ipynb #c5243f41
 def check_target(report:Report, inputs, o:CheckOptions):
@@ -220,7 +227,7 @@ def check_fitting(report:Report, inputs, o:CheckOptions, target, actual, parts):
     if parts is None: return
     place = {s: i for i, s in enumerate(inputs.sample_ids)}
     (fit, stop), reads = ([place[s] for s in ids] for ids in (parts.fit, parts.stop)), inputs.table.reads
-    if (inputs.distances is not None or inputs.branches is not None) and (reads[fit] >= inputs.depth).sum() < 3:
+    if inputs.unifrac_known and (reads[fit] >= inputs.depth).sum() < 3:
         report.add('error', f'fewer than three samples to fit on reach the rarefaction depth of {inputs.depth} reads, too few for UniFrac: lower --rarefy-depth')
     if target is None: return
     try:
@@ -273,19 +280,16 @@ def check_depth(report:Report, inputs, classes, asked:int|None):
         report.add('warning', f'--rarefy-depth {asked} keeps classes unequally ({kept}); a lower depth, or none, loses less')
 
 # %% ../nbs/37_check.ipynb #b3e4fef7
-def batch_size_facts(inputs, batch_size:int, token_limit:int, draws:int=8) -> tuple[float, float]:
-    "Distinct ASVs in a batch, and ASVs in its longest sample, on average."
+def batch_facts(inputs, input:InputOptions, encoder:EncoderOptions, target:bool, batch_size:int, draws:int=8) -> list: # (draws, 4)
+    "Of some batches as a run would make them: distinct ASVs, rows of tokens, samples in all views, ASVs in the longest sample."
     import numpy as np
-    from aam.table import unifrac_draw
-    rng, found = np.random.default_rng(0), []
-    for k in range(draws):
-        rows = []
-        for i in rng.permutation(len(inputs.table))[:batch_size]:
-            asvs, counts = inputs.table.row(i)
-            rows.append(asvs[unifrac_draw(counts, inputs.depth, 0, k, inputs.sample_ids[i]) > 0][:token_limit])
-        found.append((len(np.unique(np.concatenate(rows))), max(map(len, rows))))
-    distinct, longest = np.mean(found, 0)
-    return float(distinct), max(float(longest), 1.)
+    from aam.data import make_batch
+    from aam.inputs import sample_data
+    data = sample_data(inputs, input, encoder, 0, unifrac_metric=encoder.unifrac_metric, unifrac_alpha=encoder.unifrac_alpha)
+    data.set_prevalence(inputs.sample_ids)
+    views, rng = (*['target']*target, 'count', *['unifrac']*inputs.unifrac_known), np.random.default_rng(0)
+    batches = [make_batch(data, rng.permutation(len(inputs.table))[:batch_size], views, True, k, k, training=True) for k in range(draws)]
+    return np.array([(len(b.token_row), len(b.tokens), *b.index.shape) for b in batches])
 
 def block_seconds(width:int, heads:int, length:int, device:str) -> float:
     "Time of one block for one row of `length` tokens, forwards."
@@ -310,28 +314,36 @@ def parameters_of(encoder:EncoderOptions, tasks:tuple, outputs:int) -> int:
     one, two = (sum(p.numel() for p in Model(replace(encoder, attention_layers=n), tasks, outputs).parameters()) for n in (1, 2))
     return one + (encoder.attention_layers - 1)*(two - one)
 
+def memory_bytes(encoder:EncoderOptions, o:CheckOptions, device:str, parameters:int, rows:int, bases:int, asvs:int) -> float:
+    "Memory at the height of a step, for `rows` of tokens and `asvs` in all samples together; factors fitted to measured peaks, within a quarter of them."
+    width, layers, half = encoder.embedding_dim, encoder.attention_layers, device == 'cuda'
+    tokens, chunk = rows*bases + 2*asvs, min(o.asv_chunk_size or rows, rows)*bases
+    if not o.gradient_checkpointing: kept, passing = tokens*layers*(42 if half else 80)*width, 0
+    else:
+        each = (4*width*(layers + 2) + 260)/(1 + half)
+        if not half and chunk*width*4 < 2**25: each = 20*width*layers # glibc takes arrays under 32 MB from a heap, which they leave in pieces
+        kept, passing = tokens*each, max(chunk, asvs)*(100 if half else 85)*width
+    return (22 if half else 20)*parameters + kept + passing # weights, their mean, gradients, two moments of Adam
+
 def check_cost(report:Report, inputs, o:CheckOptions, input:InputOptions, encoder:EncoderOptions, target, fit:int, stop:int):
     "Steps, time and memory of a run."
     import torch
     from aam.session import pick_device
-    device = pick_device(o.device)
-    distinct, longest = batch_size_facts(inputs, o.batch_size, input.token_limit)
+    device, layers = pick_device(o.device), encoder.attention_layers
+    batches = batch_facts(inputs, input, encoder, target is not None, o.batch_size)
+    distinct, rows, samples, longest = map(float, batches.mean(0))
     length = min(encoder.max_bp, max(map(len, inputs.table.sequences)))
-    has_distances = inputs.distances is not None or inputs.branches is not None
-    tasks = (*(('target',) if target else ()), *(('unifrac',) if has_distances else ()), 'count', 'nuc')
-    rows, width, layers = o.batch_size*(1 + bool(target)), encoder.embedding_dim, encoder.attention_layers
-    asv, sample = (block_seconds(width, encoder.attention_heads, int(n), device) for n in (length, longest))
+    tasks = (*(('target',) if target else ()), *(('unifrac',) if inputs.unifrac_known else ()), 'count', 'nuc')
+    asv, sample = (block_seconds(encoder.embedding_dim, encoder.attention_heads, max(1, int(n)), device) for n in (length, longest))
     convolution = .75*encoder.local_view # of a block's multiplications
-    forward = 1.1*distinct*asv*(layers + convolution) + 2*rows*sample*layers # the nucleotide task encodes a tenth of the ASVs again
+    forward = rows*asv*(layers + convolution) + 2*samples*sample*layers
     steps = -(-fit//o.batch_size)
     epoch = steps*forward*(4 if o.gradient_checkpointing else 3) + -(-stop//o.batch_size)*forward
     parameters = parameters_of(encoder, tasks, target.outputs if target else 0)
-    tokens = 1.1*distinct*length + 2*rows*longest
-    chunk = min(o.asv_chunk_size or distinct, distinct)*length
-    kept = tokens*layers*4*width + max(chunk, rows*longest)*160*width if o.gradient_checkpointing else tokens*layers*120*width
+    memory = memory_bytes(encoder, o, device, parameters, int(batches[:, 1].max()), length, int((batches[:, 2]*batches[:, 3]).max()))
     data = sum(map(len, inputs.table.sequences))*3 + 4*len(inputs.table)**2*(inputs.distances is not None)
     report.facts['cost'] = dict(device=torch.cuda.get_device_name() if device == 'cuda' else f'this CPU ({torch.get_num_threads()} of its cores)', parameters=parameters,
-        steps_per_epoch=steps, asvs_per_batch=round(distinct), bases=length, seconds_per_epoch=epoch, seconds=epoch*o.epochs, epochs=o.epochs, memory_gb=(20*parameters + kept + data)/2**30 + .5) # half a GB of libraries
+        steps_per_epoch=steps, asvs_per_batch=round(distinct), bases=length, seconds_per_epoch=epoch, seconds=epoch*o.epochs, epochs=o.epochs, memory_gb=(memory + data)/2**30 + .55) # half a GB of libraries
 
 # %% ../nbs/37_check.ipynb #223ba1b2
 def duration(seconds:float) -> str:
@@ -383,10 +395,11 @@ def show_sequences(facts:dict) -> list[str]:
 
 def show_matrix(facts:dict) -> list[str]:
     f = facts['matrix']
+    title = "Faith's phylogenetic diversity" if f['metric'] == 'faith_pd' else 'Distances'
     if 'file' not in f:
-        return ['Distances', f"  {f['tree']}: computed from each rarefaction" if f['tree'] else '  none given: train goes without the UniFrac loss, pretrain needs --tree or --unifrac-matrix']
-    if 'correlation' not in f: return ['Distances', f"  {f['file']}: could not be compared"]
-    return ['Distances', f"  {f['file']}  rank correlation with {f['compared_with']} {f['correlation']:.2f} ({f['samples']} samples; rows shuffled at random reach {f['by_chance']:.2f})"]
+        return [title, f"  {f['tree']}: computed from each rarefaction" if f['tree'] else f"  none given: train goes without the UniFrac loss, pretrain needs {unifrac_options(f['metric'])}"]
+    if 'correlation' not in f: return [title, f"  {f['file']}: could not be compared"]
+    return [title, f"  {f['file']}  rank correlation with {f['compared_with']} {f['correlation']:.2f} ({f['samples']} samples; rows shuffled at random reach {f['by_chance']:.2f})"]
 
 def show_target(facts:dict) -> list[str]:
     lines = []
@@ -460,7 +473,7 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     "Reads everything a run would and looks at it."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
-    from aam.inputs import drop_shallow, read_inputs
+    from aam.inputs import check_complete, drop_shallow, read_inputs, with_recorded_depth
     from aam.metadata import get_column, read_metadata
     from aam.table import table_paths
     from aam.train import warn_of_seen
@@ -468,13 +481,15 @@ def examine(input:InputOptions, o:CheckOptions, encoder:EncoderOptions, split:Sp
     with catch_warnings(report):
         pretrained = load_checkpoint(o.pretrained_encoder, kinds=('pretrain', 'train')) if o.pretrained_encoder else None
         if pretrained: encoder = pretrained_options(pretrained, encoder)
-        inputs = read_inputs(replace(input, rarefy_depth=None), o.metadata)
+        unifrac_source(input, encoder)
+        input = with_recorded_depth(input)
+        inputs = read_inputs(input, o.metadata, complete=False)
         check_columns(inputs, o)
         check_sequences(report, inputs, input, encoder.max_bp)
-        check_matrix(report, inputs, input, encoder.unifrac_metric, None if o.metadata is None else list(read_metadata(o.metadata).index))
-        if input.rarefy_depth: inputs.depth = input.rarefy_depth
         check_depth(report, inputs, get_column(inputs.frame, o.columns[0]) if o.classifier else None, input.rarefy_depth)
-        if input.rarefy_depth: drop_shallow(inputs, input)
+        drop_shallow(inputs, input)
+        check_complete(inputs, input)
+        check_matrix(report, inputs, input, encoder, None if o.metadata is None else list(read_metadata(o.metadata).index))
         target, actual = check_target(report, inputs, o)
         parts = check_split(report, inputs, split, target, actual, o.seed)
         check_fitting(report, inputs, o, target, actual, parts)

@@ -9,9 +9,9 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options', 'preset_names',
            'presets', 'started', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
            'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
-           'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_losses', 'check_scale', 'split_names',
-           'CategoryOptions', 'TrainingOptions', 'RunOptions', 'field_comments', 'command', 'build_options',
-           'command_parser', 'parse_command', 'option_table']
+           'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes',
+           'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions', 'RunOptions',
+           'field_comments', 'command', 'build_options', 'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, sys, time
@@ -39,7 +39,7 @@ scheduler_names = 'warmup_cosine', 'cosine_restarts', 'plateau', 'onecycle'
 precision_names = 'bf16', 'fp16', 'none'
 compile_names = 'on', 'off', 'auto'
 mask_strategy_names = 'random', 'span'
-unifrac_metric_names = 'unweighted', 'weighted', 'weighted_unnormalized', 'generalized'
+unifrac_metric_names = 'unweighted', 'weighted', 'weighted_unnormalized', 'generalized', 'faith_pd'
 fusion_names = 'concat', 'add', 'gmu', 'cross-attention', 'perceiver'
 loss_type_names = 'huber', 'mse', 'mae', 'quantile', 'asymmetric'
 output_activation_names = 'none', 'relu', 'softplus', 'exp'
@@ -128,7 +128,8 @@ class InputOptions(Options):
     table:Required=None # BIOM table or .qza, samples x ASVs; observation IDs are the DNA sequences, or see --sequences; several files separated by commas
     sequences:Path=None # FASTA or .qza with the sequence of each observation ID (md5 sums, for example)
     unifrac_matrix:Path=None # UniFrac distances, .h5 (as ssu writes it), .npy, .csv, .tsv or .qza
-    tree:Path=None # rooted newick tree or .qza with the ASVs as tips; distances are then computed from each rarefaction
+    faith_pd:Path=None # for --unifrac-metric faith_pd: Faith's phylogenetic diversity of each sample, .tsv or .csv (sample ID, value) or .qza
+    tree:Path=None # rooted newick tree or .qza with the ASVs as tips; distances, or diversities, are then computed from each rarefaction
     token_limit:Number(int, 1)=1024 # most ASVs of a sample that the model reads
     asv_sampling:choice(asv_sampling_names)='first' # which ASVs to read above --token-limit
     rarefy_depth:Number(int, 1)=None # reads per sample after rarefaction; samples with fewer are dropped (without it: the largest depth up to 5000 that 90 % of the samples reach, and none is dropped)
@@ -152,7 +153,7 @@ class EncoderOptions(Options):
     attention_layers:Number(int, 1)=4 # transformer blocks in each of the three stacks
     max_bp:Number(int, 1)=150 # bases of each ASV that the nucleotide stack reads
     dropout:Number(float, 0, 0.9)=0.1 # dropout in the sample stacks and the heads (never on the path to UniFrac)
-    unifrac_metric:choice(unifrac_metric_names)='unweighted' # which UniFrac: computed from --tree, or held by --unifrac-matrix (weighted: the normalised one)
+    unifrac_metric:choice(unifrac_metric_names)='unweighted' # which UniFrac: computed from --tree, or held by --unifrac-matrix (weighted: the normalised one); faith_pd: in its place Faith's phylogenetic diversity, from --tree or --faith-pd
     unifrac_alpha:Number(float, 0, 1)=1. # generalized: how much abundant branches weigh (1: as in weighted)
     unifrac_head:choice(unifrac_head_names)='union' # 'union': soft union of branches; 'euclid': tanh of a distance between pooled vectors
     unifrac_branches:Number(int, 1)=512 # soft branches of the union head
@@ -168,6 +169,22 @@ class EncoderOptions(Options):
             raise AamError(f'--embedding-dim {self.embedding_dim} is not divisible by --attention-heads {self.attention_heads}: change one of them')
         if 'unifrac_alpha' in self.given and self.unifrac_metric != 'generalized':
             raise AamError(f'--unifrac-alpha {self.unifrac_alpha}: belongs to --unifrac-metric generalized, not {self.unifrac_metric}; leave it out or change the metric')
+        if self.unifrac_head == 'euclid' and self.unifrac_metric == 'faith_pd':
+            raise AamError('--unifrac-head euclid: gives distances, and --unifrac-metric faith_pd has none; leave it out or change the metric')
+
+# %% ../nbs/00_config.ipynb #fa170002
+def unifrac_options(metric:str) -> str: # key of `unifrac_metric_names`
+    "The options that say what is true of `metric`."
+    return '--tree or ' + ('--faith-pd' if metric == 'faith_pd' else '--unifrac-matrix')
+
+def unifrac_source(input:InputOptions, encoder:EncoderOptions) -> Path|None:
+    "The file that says what is true of the metric to be learnt, if there is one; an `AamError` for one of another kind."
+    metric = encoder.unifrac_metric
+    if input.faith_pd is not None and metric != 'faith_pd':
+        raise AamError(f'--faith-pd {input.faith_pd}: belongs to --unifrac-metric faith_pd, not {metric}; leave it out or change the metric')
+    if input.unifrac_matrix is not None and metric == 'faith_pd':
+        raise AamError(f'--unifrac-matrix {input.unifrac_matrix}: holds distances, and --unifrac-metric faith_pd has none; give {unifrac_options(metric)} instead, or change the metric')
+    return input.unifrac_matrix or input.faith_pd or input.tree
 
 # %% ../nbs/00_config.ipynb #ab025a95
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Draw', 'stack_rows', 'hide_asvs', 'distinct_rows', 'kmers_of_tokens', 'SampleData', 'view_draw',
-           'limit_asvs', 'draw_views', 'draws_to_csr', 'pair_distances', 'nucleotide_task', 'compact', 'make_batch',
-           'candidate_tensors', 'group_rows', 'token_tensors', 'Plan', 'pick_workers', 'loader', 'all_distances']
+           'limit_asvs', 'draw_views', 'draws_to_csr', 'true_unifrac', 'nucleotide_task', 'compact', 'make_batch',
+           'candidate_tensors', 'group_rows', 'token_tensors', 'Plan', 'pick_workers', 'loader', 'all_unifrac']
 
 # %% ../nbs/06_data.ipynb #690102b3
 import os
@@ -36,7 +36,7 @@ class Batch:
     offset:torch.Tensor=None # out-of-fold outputs of that path, for training, (B, O)
     categories:torch.Tensor=None # value of each categorical column, 0 unknown, (B, C)
     target:torch.Tensor=None # targets on the learnt scale (B, O), NaN missing; or classes (B,), -1 missing
-    unifrac:torch.Tensor=None # distances of the UniFrac view (B, B), NaN where a pair does not count
+    unifrac:torch.Tensor=None # of the UniFrac view: distances (B, B), or Faith's diversities (B,); NaN where a pair, or a sample, does not count
     candidates:torch.Tensor=None # ASVs asked about in the count view, (B, C)
     candidate_weight:torch.Tensor=None # 1 for a candidate, 0 for padding, (B, C)
     candidate_present:torch.Tensor=None # 1 for hidden ASVs, 0 for impostors, (B, C)
@@ -58,7 +58,7 @@ class Batch:
         new = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
         return replace(self, **new, states=None if self.states is None else self.states.map(function))
 
-    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=True))
+    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=t.is_pinned())) # other memory may be gone before a copy that nobody waits for has read it
     def pin_memory(self): return self.map(torch.Tensor.pin_memory)
 
 # %% ../nbs/06_data.ipynb #a9f3cf5a
@@ -122,14 +122,15 @@ class SampleData:
     asv_sampling:str='first' # which ones, above the limit
     rarefy_seed:int=42
     seed:int=42
-    branches:Branches=None # tree: distances are computed from each draw
+    branches:Branches=None # tree: distances, or diversities, are computed from each draw
     distances:Distances=None # matrix: distances are looked up by sample ID
-    drawn:Table=None # the rarefaction behind the matrix, of the same samples and ASVs
+    diversities:np.ndarray=None # file of Faith's diversities: those of the samples, (N,)
+    drawn:Table=None # the rarefaction behind matrix or file, of the same samples and ASVs
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
     identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
     offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
     categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
-    unifrac_metric:str='unweighted' # of the distances from the tree, or in the matrix
+    unifrac_metric:str='unweighted' # what is computed from the tree, or held by the matrix
     unifrac_alpha:float=1. # of generalized UniFrac
     nuc_mask_ratio:float=0.15
     nuc_mask_strategy:str='random' # key of `mask_strategies`
@@ -147,6 +148,11 @@ class SampleData:
         self.set_prevalence(self.table.sample_ids)
         if self.distances is not None: self.distances.rows(self.table.sample_ids) # says which samples it lacks
 
+    @property
+    def fixed(self) -> bool:
+        "Whether a file says what is true of one rarefaction, and not a tree of any."
+        return self.distances is not None or self.diversities is not None
+
     def set_prevalence(self, sample_ids):
         "Prevalence of ASVs among `sample_ids` (those fitted on), for drawing impostors."
         counts, chosen = self.table.counts, np.zeros(len(self.table), bool)
@@ -161,7 +167,7 @@ def view_draw(data:SampleData, view:str, i:int, epoch:int, training:bool) -> Dra
     sample_id = data.table.sample_ids[i]
     if view == 'unifrac' and data.drawn is not None:
         asvs, drawn = data.drawn.row(i)
-    elif view == 'unifrac': drawn = unifrac_draw(counts, data.depth, data.rarefy_seed, epoch if data.distances is None else 0, sample_id)
+    elif view == 'unifrac': drawn = unifrac_draw(counts, data.depth, data.rarefy_seed, 0 if data.fixed else epoch, sample_id)
     else: drawn = target_draw(counts, data.depth, data.rarefy_seed, epoch, sample_id, training)
     kept = drawn > 0
     return Draw(asvs[kept], drawn[kept], int(drawn.sum()))
@@ -184,15 +190,15 @@ def draws_to_csr(draws, asvs:int):
     indptr = np.cumsum([0, *[len(d.asvs) for d in draws]])
     return csr_matrix((np.concatenate([d.counts for d in draws]), np.concatenate([d.asvs for d in draws]), indptr), shape=(len(draws), asvs))
 
-def pair_distances(data:SampleData, samples, draws) -> np.ndarray: # (B, B)
-    "Distances between `samples`; NaN on the diagonal and where a sample has too few reads."
+def true_unifrac(data:SampleData, samples, draws) -> np.ndarray: # (B, B), or (B,)
+    "Distances between `samples`, NaN on the diagonal, or their diversities; NaN where a sample has too few reads."
     samples = np.asarray(samples)
-    if data.distances is not None: d = data.distances.align([data.table.sample_ids[i] for i in samples])
-    else: d = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric, data.unifrac_alpha)
+    if data.distances is not None: found = data.distances.align([data.table.sample_ids[i] for i in samples])
+    elif data.diversities is not None: found = data.diversities[samples]
+    else: found = unifrac_distances(draws_to_csr(draws, len(data.table.sequences)), data.branches, data.unifrac_metric, data.unifrac_alpha)
     shallow = data.table.reads[samples] < (data.depth if data.drawn is None else 1) # all that were drawn count
-    d = np.where(shallow[:, None] | shallow[None], np.nan, d).astype(np.float32)
-    np.fill_diagonal(d, np.nan)
-    return d
+    if found.ndim == 2: shallow = shallow[:, None] | shallow | np.eye(len(samples), dtype=bool)
+    return np.where(shallow, np.nan, found).astype(np.float32)
 
 # %% ../nbs/06_data.ipynb #83d4bd42
 def nucleotide_task(data:SampleData, rows:np.ndarray, step:int):
@@ -225,7 +231,7 @@ def make_batch(
     ids = [data.table.sample_ids[i] for i in samples]
     full = draw_views(data, samples, views, epoch, training)
     extra = {}
-    if 'unifrac' in views: extra['unifrac'] = torch.from_numpy(pair_distances(data, samples, full['unifrac']))
+    if 'unifrac' in views: extra['unifrac'] = torch.from_numpy(true_unifrac(data, samples, full['unifrac']))
     limited = {v: [limit_asvs(data, d, epoch, s, training) for d, s in zip(full[v], ids)] for v in full if v != 'base'}
     candidates = []
     if 'count' in views:
@@ -285,10 +291,12 @@ class Plan:
     training:bool=False # shuffled, and with random depths in the target view
     ready = False # batches take work to make
     _kept:dict=field(default_factory=dict, init=False, repr=False, compare=False) # loaders whose processes live on
+    _drawn:tuple=field(default=(None, None), init=False, repr=False, compare=False) # epoch and its order
 
     def order(self, epoch:int) -> np.ndarray:
         if not self.training: return np.asarray(self.samples)
-        return draw_rng('order', self.data.seed, epoch, '').permutation(self.samples)
+        if self._drawn[0] != epoch: self._drawn = epoch, draw_rng('order', self.data.seed, epoch, '').permutation(self.samples)
+        return self._drawn[1]
 
     def __len__(self): return -(-len(self.samples) // self.batch_size)
 
@@ -323,6 +331,6 @@ def loader(plan:Plan, epoch:int=0, workers:int=0, pin:bool=False, start:int=0) -
     return kept
 
 # %% ../nbs/06_data.ipynb #7c2667ae
-def all_distances(data:SampleData, samples, epoch:int=0) -> np.ndarray: # (N, N)
-    "True distances between `samples` in their UniFrac view, NaN where a pair does not count."
-    return pair_distances(data, samples, [view_draw(data, 'unifrac', i, epoch, False) for i in samples])
+def all_unifrac(data:SampleData, samples, epoch:int=0) -> np.ndarray: # (N, N), or (N,)
+    "True distances between `samples` in their UniFrac view, or their diversities; NaN where a pair, or a sample, does not count."
+    return true_unifrac(data, samples, [view_draw(data, 'unifrac', i, epoch, False) for i in samples])

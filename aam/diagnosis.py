@@ -7,8 +7,9 @@ __all__ = ['log', 'levels', 'primers', 'region_starts', 'Finding', 'reverse_comp
            'sequence_facts', 'sequence_findings', 'indistinguishable', 'telling_length', 'limit_facts',
            'jaccard_distances', 'bray_curtis_distances', 'expected_distances', 'standardised_ranks', 'rank_correlation',
            'row_correlations', 'usual_orders', 'order_facts', 'best_order', 'rearranged_correlation', 'rearrangement',
-           'matrix_facts', 'matrix_findings', 'metric_findings', 'technical_columns', 'mean_of_others',
-           'majority_of_others', 'group_prediction', 'technical_finding', 'quick_check']
+           'matrix_facts', 'matrix_findings', 'metric_findings', 'diversity_facts', 'diversity_findings',
+           'technical_columns', 'mean_of_others', 'majority_of_others', 'group_prediction', 'technical_finding',
+           'record_findings', 'quick_check']
 
 # %% ../nbs/17_diagnosis.ipynb #a0fd58ad
 import logging, re
@@ -23,7 +24,7 @@ from scipy.stats import rankdata
 from .config import AamError, InputOptions
 from .inputs import Inputs
 from .table import Table, choose_asvs, default_depth, draw_rng, rarefy
-from .unifrac import Distances, unifrac_distances
+from .unifrac import Distances, read_record, unifrac_distances
 
 log = logging.getLogger('aam')
 
@@ -269,7 +270,7 @@ def matrix_findings(
     moved = facts['rearranged']
     if moved['after'] - moved['before'] > (.15 if moved['compared_with'] == 'Bray-Curtis' else .05) + 1/moved['samples']:
         return [Finding('error', f"{name}: part of its rows are not the samples of the table in their order (rank correlation with {moved['compared_with']} {moved['before']:.2f}, with its rows rearranged {moved['after']:.2f}): {remedy}")]
-    return metric_findings(name, facts['correlations'], metric) or ([Finding('warning', f'{name}: follows the ASVs of the samples weakly ({said} {r:.2f}); is it UniFrac of this table?')] if r < .3 else [])
+    return metric_findings(name, facts['correlations'], None if read_record(path).get('metric') else metric) or ([Finding('warning', f'{name}: follows the ASVs of the samples weakly ({said} {r:.2f}); is it UniFrac of this table?')] if r < .3 else [])
 
 def metric_findings(name:str, correlations:dict, metric:str=None) -> list[Finding]:
     "Whether a matrix looks weighted where --unifrac-metric says unweighted, or the other way round."
@@ -278,6 +279,42 @@ def metric_findings(name:str, correlations:dict, metric:str=None) -> list[Findin
     if metric == 'unweighted' and by_abundance > by_presence + .1: return [Finding('warning', f'{name}: follows abundances ({shown}); if it is weighted UniFrac, say --unifrac-metric weighted')]
     if metric in ('weighted', 'weighted_unnormalized') and by_presence > by_abundance + .1: return [Finding('warning', f'{name}: follows presence, not abundances ({shown}); if it is unweighted UniFrac, say --unifrac-metric unweighted')]
     return []
+
+# %% ../nbs/17_diagnosis.ipynb #fa171702
+def diversity_facts(
+    inputs:Inputs, # with diversities
+    depth:int, # of the reads that the model will see
+    most:int=1000, # samples to compare
+    permutations:int=999,
+    seed:int=0,
+) -> dict|None: # None if the samples are too few to tell
+    "How well Faith's diversities agree with the reads of the samples they are said to be about."
+    if inputs.drawn is not None: counts, ids = inputs.drawn.counts, inputs.drawn.sample_ids
+    elif (inputs.table.reads >= depth).any(): counts, ids = (drawn := rarefy(inputs.table, depth, seed)).counts, drawn.sample_ids
+    else: return None
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation([i for i, s in enumerate(ids) if s in inputs.diversities.index])[:most]).astype(int)
+    if len(chosen) < 8: return None
+    values, counts = inputs.diversities[[ids[i] for i in chosen]].to_numpy(), counts[chosen]
+    expected = np.diff(counts.indptr).astype(float) if inputs.branches is None else unifrac_distances(counts, inputs.branches, 'faith_pd').astype(float)
+    a, b = (rankdata(x) - (len(chosen) + 1)/2 for x in (values, expected))
+    size = max(np.sqrt((a**2).sum()*(b**2).sum()), 1e-12)
+    return dict(compared_with='the number of ASVs' if inputs.branches is None else "Faith's diversity from the tree", samples=len(chosen), correlation=float(a @ b/size),
+                by_chance=float(max(rng.permutation(a) @ b/size for _ in range(permutations))), ratio=None if inputs.branches is None else float(np.median(values/np.maximum(expected, 1e-12))))
+
+def diversity_findings(
+    facts:dict|None, # as from `diversity_facts`
+    path:Path, # of the diversities
+) -> list[Finding]:
+    "Whether diversities are those of the samples, at their depth."
+    name = Path(path).name
+    if facts is None: return [Finding('note', f'{name}: the samples are too few to tell whether its values are about them')]
+    r, chance, said = facts['correlation'], facts['by_chance'], f"rank correlation with {facts['compared_with']} {facts['correlation']:.2f}"
+    if r <= chance and chance > .5: return [Finding('note', f"{name}: {facts['samples']} samples are too few to tell whether its values are about them ({said}; shuffled at random {chance:.2f})")]
+    if r <= chance: return [Finding('error', f"{name}: its values are not about the samples of the table ({said}; shuffled at random {chance:.2f}): compute it again from this table")]
+    if facts['ratio'] and abs(np.log(facts['ratio'])) > .05:
+        return [Finding('warning', f"{name}: its values are {facts['ratio']:.2f} times those of the reads that the model sees (median over samples): of another depth, or another tree; compute it with aam unifrac --rarefy-depth, or give --tree alone")]
+    return [Finding('warning', f"{name}: follows the samples weakly ({said}); is it Faith's phylogenetic diversity of this table?")] if r < .3 else []
 
 # %% ../nbs/17_diagnosis.ipynb #d97b8ab0
 _technical = re.compile('(seq|sequencing|extraction|pcr|dna)?(run|plate|batch|lane|center|centre|prep|preparation|library|flowcell|instrument|extraction|sequencing)(s|id|no|nr|num|number|name|date|prefix)?')
@@ -324,11 +361,24 @@ def technical_finding(column:str, target:str, facts:dict, is_class:bool) -> Find
     return Finding('warning', f'{column} predicts {target}: {how}, leave-one-out; a model may learn the laboratory: validate with --group-column {column}')
 
 # %% ../nbs/17_diagnosis.ipynb #f7d07d3e
-def quick_check(inputs:Inputs, options:InputOptions, metric:str=None):
-    "Warns of primers and turned reads; raises an `AamError` for a matrix whose rows are not the table's."
-    found = sequence_findings(sequence_facts(inputs.table))
+def record_findings(options:InputOptions, metric:str, alpha:float=1.) -> list[Finding]:
+    "Whether a matrix, or diversities, are of the metric asked for, if the file says what it holds."
+    path = options.unifrac_matrix or options.faith_pd
+    noted = {} if path is None else read_record(path)
+    held, wanted = noted.get('metric'), dict(weighted='weighted_normalized').get(metric, metric) # as aam unifrac calls them
+    if held not in (None, wanted):
+        option = dict(weighted_normalized='weighted').get(held, held)
+        return [Finding('error', f'{path.name}: holds {held} and --unifrac-metric is {metric}; say --unifrac-metric {option}, or compute it again with aam unifrac --metric {wanted}')]
+    if held == 'generalized' and abs(noted.get('alpha', alpha) - alpha) > 1e-9:
+        return [Finding('error', f"{path.name}: was computed with alpha {noted['alpha']:g} and --unifrac-alpha is {alpha:g}; say --unifrac-alpha {noted['alpha']:g}, or compute it again with aam unifrac --alpha {alpha:g}")]
+    return []
+
+def quick_check(inputs:Inputs, options:InputOptions, metric:str='unweighted', alpha:float=1.):
+    "Warns of primers and turned reads; raises an `AamError` for a matrix or diversities that are not about the table's samples, or of another metric."
+    found = record_findings(options, metric, alpha) + sequence_findings(sequence_facts(inputs.table))
     if inputs.distances is not None:
         found += matrix_findings(matrix_facts(inputs.table, inputs.distances), options.unifrac_matrix, metric)
+    if inputs.diversities is not None: found += diversity_findings(diversity_facts(inputs, inputs.depth), options.faith_pd)
     for finding in found:
-        if finding.level == 'error': raise AamError(f'--unifrac-matrix {finding.text}')
+        if finding.level == 'error': raise AamError(f"{'--faith-pd' if inputs.distances is None else '--unifrac-matrix'} {finding.text}")
         if finding.level == 'warning': log.warning(finding.text)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'distance_metric_names', 'number_names', 'matrix_suffixes', 'text_suffixes', 'matrix_files', 'DistanceOptions',
-           'Output', 'hdf5_matrix', 'npy_matrix', 'text_matrix', 'artifact_data', 'drawn_tables', 'rarefaction_record',
-           'write_matrix', 'write_faith_pd', 'read_samples', 'unifrac']
+           'Output', 'hdf5_matrix', 'npy_matrix', 'text_matrix', 'artifact_data', 'drawn_tables', 'make_record',
+           'check_half', 'write_matrix', 'write_faith_pd', 'read_samples', 'unifrac']
 
 # %% ../nbs/38_distances.ipynb #d3800004
 import csv, io, json, logging, os, time, uuid, zipfile
@@ -147,51 +147,62 @@ def drawn_tables(table, o:DistanceOptions) -> list: # of `aam.table.Table`
     if len(tables[0]) < 2 and o.metric != 'faith_pd': raise AamError(f'--table {o.table}: {len(tables[0])} sample left; distances need two, give more samples or a lower --rarefy-depth')
     return tables
 
-def rarefaction_record(table, output:Output, o:DistanceOptions) -> dict:
-    "Writes the rarefied table; what the matrix has to know of it."
+def make_record(tables:list, output:Output, o:DistanceOptions) -> dict: # as from `aam.unifrac.read_record`
+    "What the file has to say of itself; the rarefied table is written, if there is one draw."
     from aam.table import write_table
     from aam.unifrac import file_hash
+    record = dict(metric=o.metric) | (dict(alpha=o.alpha) if o.metric == 'generalized' else {})
+    if o.rarefy_depth: record |= dict(rarefy_depth=o.rarefy_depth, rarefy_seed=o.rarefy_seed, draws=o.draws)
+    if not o.rarefy_depth or o.draws > 1: return record
     part = Path(f'{output.table}.part')
-    write_table(table, part)
-    return dict(rarefied_table=output.table.name, rarefied_sha256=file_hash(part), rarefy_depth=o.rarefy_depth, rarefy_seed=o.rarefy_seed)
+    write_table(tables[0], part)
+    return record | dict(rarefied_table=output.table.name, rarefied_sha256=file_hash(part))
 
 # %% ../nbs/38_distances.ipynb #d3800018
-def write_matrix(tables:list, ranges, output:Output, record:dict, o:DistanceOptions):
+def check_half(largest:float):
+    "An `AamError` for distances that float16 cannot hold."
+    if largest > 65504 or 0 < largest < 2**-14:
+        raise AamError(f"--dtype float16: the largest distance is {largest:.3g}, and float16 holds {'at most 65504' if largest > 1 else 'numbers under 0.00006 with few digits or none'}; choose float32")
+
+def write_matrix(tables:list, branches, output:Output, record:dict, o:DistanceOptions):
     "All distances of a table, or their means over draws, straight into the file."
     from aam.blocks import block_distances, block_size, find_device, metrics
     from aam.monitor import progress_bar
-    n, sample_ids, device = len(tables[0]), tables[0].sample_ids, find_device(o.device)
+    n, sample_ids, device, largest = len(tables[0]), tables[0].sample_ids, find_device(o.device), 0.
     dtype = 'float64' if o.dtype == 'float64' else metrics[o.metric].dtype
-    block = block_size(n, len(ranges.place), o.memory, device, int(dtype[-2:])//8)
+    block = block_size(n, len(branches.place), o.memory, device, int(dtype[-2:])//8)
     with matrix_files[o.output.suffix](output.part, sample_ids, o.dtype) as matrix, progress_bar(n*(n + 1)//2, 'distances') as bar:
-        for rows, columns, distances in block_distances([t.counts for t in tables], ranges, o.metric, o.alpha, block, device, dtype):
+        for rows, columns, distances in block_distances([t.counts for t in tables], branches, o.metric, o.alpha, block, device, dtype):
+            largest = max(largest, float(distances.max()))
+            if o.dtype == 'float16' and largest > 1: check_half(largest)
             matrix[rows, columns] = distances
             bar.update(distances.size if rows != columns else len(distances)*(len(distances) + 1)//2)
+        if o.dtype == 'float16': check_half(largest)
         if output.in_file: matrix.array.file.attrs.update(record)
     if o.output.suffix == '.npy': Path(f'{output.ids}.part').write_text('\n'.join(sample_ids) + '\n')
 
-def write_faith_pd(tables:list, ranges, output:Output, o:DistanceOptions):
+def write_faith_pd(tables:list, branches, output:Output, o:DistanceOptions):
     "Faith's phylogenetic diversity of each sample, or its mean over draws, as a table."
     import numpy as np
     import pandas as pd
     from aam.blocks import Block, block_faith_pd, block_size, find_device
     device, n = find_device(o.device), len(tables[0])
-    block = block_size(n, len(ranges.place), o.memory, device, 8)
-    values = np.concatenate([np.mean([block_faith_pd(Block(t.counts[i:i + block], ranges, device, 'float64')) for t in tables], 0) for i in range(0, n, block)])
+    block = block_size(n, len(branches.place), o.memory, device, 8)
+    values = np.concatenate([np.mean([block_faith_pd(Block(t.counts[i:i + block], branches, device, 'float64')) for t in tables], 0) for i in range(0, n, block)])
     frame = pd.DataFrame(dict(sample_id=tables[0].sample_ids, faith_pd=values))
     frame.to_csv(output.part, sep=',' if output.path.suffix == '.csv' else '\t', index=False)
 
 # %% ../nbs/38_distances.ipynb #d3800020
 def read_samples(o:DistanceOptions):
     "The table, and the branches above its ASVs."
-    from aam.blocks import read_ranges
     from aam.table import read_sequences, read_table, table_paths
+    from aam.unifrac import read_tree
     for name in 'table', 'tree', 'sequences': # before anything slow
         for file in [] if getattr(o, name) is None else table_paths(o.table) if name == 'table' else [getattr(o, name)]:
             if not file.is_file(): raise AamError(f'--{name} {file}: no such file')
     sequence_of = None if o.sequences is None else read_sequences(o.sequences)
     table = read_table(o.table, sequence_of)
-    return table, read_ranges(o.tree, table.sequences, sequence_of, o.root_midpoint)
+    return table, read_tree(o.tree, table.sequences, sequence_of, o.root_midpoint)
 
 @command
 def unifrac(
@@ -199,16 +210,18 @@ def unifrac(
 ) -> Path: # the file written
     "Writes the UniFrac distances between the samples of a table, or their Faith's phylogenetic diversity."
     from aam.blocks import find_device
+    from aam.run import start_messages
+    start_messages()
     o, begun = distances, time.perf_counter()
     output = Output(o.output)
     output.check(o.overwrite)
     find_device(o.device)
-    table, ranges = read_samples(o)
+    table, branches = read_samples(o)
     tables = drawn_tables(table, o)
     with output.writing():
-        record = rarefaction_record(tables[0], output, o) if o.rarefy_depth and o.draws == 1 else {}
-        if o.metric == 'faith_pd': write_faith_pd(tables, ranges, output, o)
-        else: write_matrix(tables, ranges, output, record, o)
-        if record and not output.in_file: Path(f'{output.record}.part').write_text(json.dumps(record, indent=1) + '\n')
-    print(f'{o.output}: {o.metric} of {len(tables[0])} samples and {len(table.sequences)} ASVs, {time.perf_counter() - begun:.1f} s')
+        record = make_record(tables, output, o)
+        if o.metric == 'faith_pd': write_faith_pd(tables, branches, output, o)
+        else: write_matrix(tables, branches, output, record, o)
+        if not output.in_file: Path(f'{output.record}.part').write_text(json.dumps(record, indent=1) + '\n')
+    log.info(f'{o.output}: {o.metric} of {len(tables[0])} samples and {len(table.sequences)} ASVs, {time.perf_counter() - begun:.1f} s')
     return o.output

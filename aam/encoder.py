@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['union_heads', 'unifrac_heads', 'short', 'one_hot', 'BaseEmbedding', 'NucleotideEncoder', 'AsvEncoder', 'Encoded',
-           'scatter_rows', 'Encoder', 'UnionHead', 'ShareHead', 'MovedHead', 'GeneralizedHead', 'EuclidHead',
-           'union_head', 'NucleotideHead']
+           'scatter_rows', 'Encoder', 'DistanceHead', 'UnionHead', 'ShareHead', 'MovedHead', 'GeneralizedHead',
+           'DiversityHead', 'EuclidHead', 'union_head', 'NucleotideHead']
 
 # %% ../nbs/11_encoder.ipynb #27cd9dba
 import math
@@ -166,9 +166,16 @@ class Encoder(nn.Module):
         return Encoded(asv, states, mask, abundance, presence, amounts, masked_bases)
 
 # %% ../nbs/11_encoder.ipynb #e79fdb60
-class UnionHead(nn.Module):
-    "Distances as in unweighted UniFrac, over soft branches."
+class DistanceHead(nn.Module):
+    "A head that says how far apart samples are."
     needs_states = False
+
+    def predicted(self, b:Tensor) -> Tensor: # (R, K) -> (R, R)
+        "What is learnt of rows, from what `embed` gives of them."
+        return self.distance(b, b)
+
+class UnionHead(DistanceHead):
+    "Distances as in unweighted UniFrac, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):
         super().__init__()
         K = options.unifrac_branches
@@ -201,9 +208,8 @@ class UnionHead(nn.Module):
             h += shift; self.memberships[2].bias += shift
 
 # %% ../nbs/11_encoder.ipynb #a68a3793
-class ShareHead(nn.Module):
+class ShareHead(DistanceHead):
     "Distances as in normalised weighted UniFrac, over soft branches."
-    needs_states = False
     def __init__(self, options:EncoderOptions, asv_width:int):
         super().__init__()
         K = options.unifrac_branches
@@ -262,8 +268,26 @@ class GeneralizedHead(ShareHead):
                 return ((row - b).abs() * both**(self.alpha - 1) @ w) / (both**self.alpha @ w)
             return torch.stack([to(row) for row in a])
 
+# %% ../nbs/11_encoder.ipynb #fa171102
+class DiversityHead(UnionHead):
+    "Faith's phylogenetic diversity, over soft branches."
+    def __init__(self, options:EncoderOptions, asv_width:int):
+        super().__init__(options, asv_width)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def predicted(self, b:Tensor) -> Tensor: # (R, K) -> (R,)
+        "Diversity of rows, in units of branch length."
+        with torch.autocast(b.device.type, enabled=False): return self.scale.exp() * (b @ F.softplus(self.length)) / b.shape[1]
+
+    @torch.no_grad()
+    def calibrate(self, encoded:Encoded, rows:slice=slice(None), truth:Tensor=None): # true diversities, (R,), NaN where a row does not count
+        "Shifts the memberships as for distances, and starts at the mean of the true diversities."
+        super().calibrate(encoded, rows)
+        ratio = (truth / self.predicted(self.embed(encoded, rows))).log()
+        self.scale += torch.nan_to_num(ratio[ratio.isfinite()].mean())
+
 # %% ../nbs/11_encoder.ipynb #fa9e21d3
-class EuclidHead(nn.Module):
+class EuclidHead(DistanceHead):
     "tanh of a scaled Euclidean distance between pooled states."
     needs_states = True
     def __init__(self, options:EncoderOptions, asv_width:int):
@@ -281,7 +305,7 @@ class EuclidHead(nn.Module):
 
     def calibrate(self, encoded:Encoded, rows:slice=slice(None), truth:Tensor=None): "Needs none."
 
-union_heads = dict(unweighted=UnionHead, weighted=ShareHead, weighted_unnormalized=MovedHead, generalized=GeneralizedHead)
+union_heads = dict(unweighted=UnionHead, weighted=ShareHead, weighted_unnormalized=MovedHead, generalized=GeneralizedHead, faith_pd=DiversityHead)
 assert tuple(union_heads) == unifrac_metric_names
 
 def union_head(options:EncoderOptions, asv_width:int):

@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         linear = lambda wide, out: nn.Linear(wide, out, bias=False) # the norms have biases; the gradient of one here would be another pass over the data
         self.qkv, self.out = linear(dim, 3*dim), linear(dim, dim)
-        self.mlp = nn.Sequential(linear(dim, 4*dim), nn.GELU(), linear(4*dim, dim))
+        self.mlp = nn.Sequential(linear(dim, 4*dim), nn.GELU(approximate='tanh'), linear(4*dim, dim))
 
     def forward(self,
         x:Tensor, # (B, T, D)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['best_metrics', 'classification_score_names', 'shown_names', 'is_better', 'r2_score', 'regression_scores',
            'quantile_scores', 'calibration_error', 'auroc', 'classification_scores', 'beside_guess', 'pooled_r2',
-           'sample_gains', 'corrected_interval', 'sign_flip_p', 'pair_values', 'distance_scores', 'reachable_r2']
+           'sample_gains', 'corrected_interval', 'sign_flip_p', 'pair_values', 'counted_values', 'distance_scores',
+           'reachable_r2']
 
 # %% ../nbs/21_metrics.ipynb #38aa1179
 import warnings
@@ -213,23 +214,30 @@ def pair_values(
     "The entries above the diagonal: each pair once."
     return np.asarray(matrix)[np.triu_indices(len(matrix), k=1)]
 
+def counted_values(
+    values:np.ndarray, # distances, (N, N), or a value for each sample, (N,)
+) -> np.ndarray: # (P,)
+    "What scores are taken over: each pair once, or each sample."
+    return pair_values(values) if np.ndim(values) == 2 else np.asarray(values)
+
 def distance_scores(
-    predicted:np.ndarray, # (P,) over pairs
+    predicted:np.ndarray, # over pairs, or samples, (P,)
     true:np.ndarray, # (P,); NaN where unknown
 ) -> dict[str, float]:
-    "r2, correlation (Pearson) and bias (mean of predicted - true)."
+    "r2, mae, correlation (Pearson) and bias (mean of predicted - true)."
     predicted, true = np.asarray(predicted, dtype=np.float64), np.asarray(true, dtype=np.float64)
     predicted, true = predicted[~np.isnan(true)], true[~np.isnan(true)]
-    if not len(true) or not np.isfinite(predicted).all(): return dict.fromkeys(('r2', 'correlation', 'bias'), float('nan'))
+    if not len(true) or not np.isfinite(predicted).all(): return dict.fromkeys(('r2', 'mae', 'correlation', 'bias'), float('nan'))
     varied = len(true) > 1 and np.ptp(true) > 0 and np.ptp(predicted) > 0
     correlation = float(np.corrcoef(predicted, true)[0, 1]) if varied else float('nan')
-    return dict(r2=r2_score(true, predicted), correlation=correlation, bias=float((predicted - true).mean()))
+    return dict(r2=r2_score(true, predicted), mae=float(abs(predicted - true).mean()), correlation=correlation, bias=float((predicted - true).mean()))
 
 # %% ../nbs/21_metrics.ipynb #38681a33
 def reachable_r2(
-    draw_a:np.ndarray, # distances from one rarefaction, (N, N) or over pairs (P,)
-    draw_b:np.ndarray, # distances from another, of the same shape
+    draw_a:np.ndarray, # distances (N, N) from one rarefaction, or values (P,) over pairs or samples
+    draw_b:np.ndarray, # from another, of the same shape
 ) -> float:
-    "R2 of the distances of one rarefaction as predictions of another's."
-    actual, other = (pair_values(draw) if np.ndim(draw) == 2 else np.asarray(draw) for draw in (draw_a, draw_b))
-    return distance_scores(other, actual)['r2']
+    "R2 of the distances, or diversities, of one rarefaction as predictions of another's, where both are known."
+    actual, other = map(counted_values, (draw_a, draw_b))
+    known = np.isfinite(actual) & np.isfinite(other)
+    return distance_scores(other[known], actual[known])['r2']

@@ -8,15 +8,17 @@ __all__ = ['choose_tasks', 'read_samples', 'make_plans', 'make_score', 'finish',
 # %% ../nbs/30_pretrain.ipynb #251c6aeb
 from pathlib import Path
 
-from .config import AamError, EncoderOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TrainingOptions, command
+from .config import AamError, EncoderOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TrainingOptions, command, unifrac_options, unifrac_source
 
 # %% ../nbs/30_pretrain.ipynb #31513a42
-def choose_tasks(loss:LossOptions, input:InputOptions) -> dict:
+def choose_tasks(loss:LossOptions, input:InputOptions, encoder:EncoderOptions) -> dict:
     "Weights of the tasks that are on."
+    source = unifrac_source(input, encoder)
     weights = {task: w for task, w in dict(unifrac=loss.penalty, nuc=loss.nuc_penalty, count=loss.count_penalty).items() if w}
     if not weights: raise AamError('--penalty, --nuc-penalty and --count-penalty are all 0: nothing to learn')
-    if 'unifrac' in weights and input.unifrac_matrix is None and input.tree is None:
-        raise AamError('--tree or --unifrac-matrix is needed for UniFrac distances (or --penalty 0 to learn without)')
+    if 'unifrac' in weights and source is None:
+        what = "Faith's diversities" if encoder.unifrac_metric == 'faith_pd' else 'UniFrac distances'
+        raise AamError(f'{unifrac_options(encoder.unifrac_metric)} is needed for {what} (or --penalty 0 to learn without)')
     return weights
 
 # %% ../nbs/30_pretrain.ipynb #eb8710df
@@ -37,36 +39,37 @@ def make_plans(data, fit, stop, weights:dict, batch_size:int) -> list: # of the 
     return [Plan(data, samples, views, 'nuc' in weights, batch_size, training=t) for samples, t in ((fit, True), (stop, False))]
 
 # %% ../nbs/30_pretrain.ipynb #21848741
-def make_score(model, data, stop, weights:dict) -> tuple: # function from a `Validation` to the scores of an epoch; `DistanceScore` or None
+def make_score(model, data, stop, weights:dict) -> tuple: # function from a `Validation` to the scores of an epoch; `UnifracScore` or None
     "What an epoch is scored by, beside its loss."
-    from aam.session import DistanceScore
-    distances = DistanceScore(data, stop) if 'unifrac' in weights else None
-    return lambda v: (distances(model, v) if distances else {}) | ({'nuc_accuracy': v.means['nuc_accuracy']} if 'nuc' in weights else {}), distances
+    from aam.session import UnifracScore
+    unifrac = UnifracScore(data, stop) if 'unifrac' in weights else None
+    return lambda v: (unifrac(model, v) if unifrac else {}) | ({'nuc_accuracy': v.means['nuc_accuracy']} if 'nuc' in weights else {}), unifrac
 
-def finish(session, model, objective, plans, score, distances, inputs, log):
+def finish(session, model, objective, plans, score, unifrac, inputs, log):
     "Scores and plots of the best epoch; the `Run`."
     from aam.figures import predicted_unifrac
     from aam.run import Run
-    from aam.session import majority_accuracy, reachable
+    from aam.session import majority_accuracy
     from aam.trainer import validate
-    (fit, stop), data, folder = (p.samples for p in plans), plans[0].data, session.folder
+    fit, data, folder = plans[0].samples, plans[0].data, session.folder
     v = validate(model, plans[1], objective, session.device)
     scores = {'val_loss': v.means['total'], **score(v)}
     if 'nuc_accuracy' in scores: scores['nuc_majority_accuracy'] = majority_accuracy(data, fit, plans[1])
-    if distances: scores['unifrac_reachable_r2'] = reachable(data, inputs, stop)
+    if unifrac: scores |= unifrac.beside(data, inputs, fit)
     report(log, scores)
     folder.write_json('scores.json', dict(validation=scores | {'note': 'selected on these samples'}))
-    if distances: session.figure('unifrac', predicted_unifrac(distances.true, distances.predicted(model, v), {k.removeprefix('unifrac_'): x for k, x in scores.items()}))
+    if unifrac: session.figure(unifrac.name, predicted_unifrac(unifrac.true, unifrac.predicted(model, v), {k.removeprefix(f'{unifrac.name}_'): x for k, x in scores.items()}, what=unifrac.name))
     session.record.close()
     return Run(folder.path, dict(validation=scores), dict(best_model=folder.best, last=folder.last, plots=folder/'plots'), model)
 
 # %% ../nbs/30_pretrain.ipynb #b586eee7
 def report(log, scores:dict):
     "Says how well each task went, beside what could be reached or guessed."
-    if 'unifrac_r2' in scores:
-        other = scores['unifrac_reachable_r2']
+    for name, said in dict(unifrac='UniFrac on validation pairs', faith_pd="Faith's PD of validation samples").items():
+        if f'{name}_r2' not in scores: continue
+        r2, other, mae, guess, correlation, bias = (scores[f'{name}_{k}'] for k in ('r2', 'reachable_r2', 'mae', 'mean_mae', 'correlation', 'bias'))
         beside = 'give --tree to see what two rarefactions share' if other is None else f'R2 between two rarefactions {other:.3f}'
-        log.info(f"UniFrac on validation pairs: R2 {scores['unifrac_r2']:.3f}, correlation {scores['unifrac_correlation']:.3f}, bias {scores['unifrac_bias']:+.4f} ({beside})")
+        log.info(f'{said}: R2 {r2:.3f}, correlation {correlation:.3f}, bias {bias:+.4f}, MAE {mae:.4g} ({beside}; MAE of the training mean {guess:.4g})')
     if 'nuc_accuracy' in scores: log.info(f"masked nucleotides: accuracy {100*scores['nuc_accuracy']:.1f} % (commonest base of each position {100*scores['nuc_majority_accuracy']:.1f} %)")
 
 # %% ../nbs/30_pretrain.ipynb #de09aea3
@@ -80,7 +83,7 @@ def pretrain(
     run:RunOptions,
     metadata:Path=None, # table of sample metadata, for --group-column
 ):
-    "Pre-trains an encoder on UniFrac distances, masked nucleotides and hidden counts."
+    "Pre-trains an encoder on UniFrac distances (or Faith's phylogenetic diversity), masked nucleotides and hidden counts."
     import logging, torch
     from aam.losses import Objective
     from aam.predictor import Model
@@ -88,7 +91,7 @@ def pretrain(
     log = logging.getLogger('aam')
 
     session = Session('pretrain', input=input, loss=loss, encoder=encoder, training=training, split=split, run=run)
-    weights = choose_tasks(loss, input)
+    weights = choose_tasks(loss, input, encoder)
     inputs, parts, data, fit, stop = read_samples(session, metadata)
     units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in weights else 1., count_deviation=count_deviation(data, fit))
     session.open(inputs, parts, dict(depth=inputs.depth, units=units))
@@ -96,6 +99,6 @@ def pretrain(
     plans = make_plans(data, fit, stop, weights, training.batch_size)
     torch.manual_seed(run.seed)
     model = Model(encoder, tuple(weights), checkpointing=training.gradient_checkpointing, chunk_size=training.asv_chunk_size)
-    objective, (score, distances) = Objective(weights, **units), make_score(model, data, stop, weights)
+    objective, (score, unifrac) = Objective(weights, **units), make_score(model, data, stop, weights)
     session.fit(model, objective, *plans, 'pretrain', score)
-    return finish(session, model, objective, plans, score, distances, inputs, log)
+    return finish(session, model, objective, plans, score, unifrac, inputs, log)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .checkpoint import load_checkpoint
 from .config import AamError, Options, RunOptions, option_name
 
 log = logging.getLogger('aam')
@@ -82,12 +81,13 @@ class RunFolder:
     def write_json(self, name:str, values:dict): (self.path/name).write_text(json.dumps(values, indent=1, default=str) + '\n')
 
 # %% ../nbs/27_run.ipynb #74e25ea1
-changeable = {'table', 'sequences', 'metadata', 'unifrac_matrix', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
+changeable = {'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
               'overwrite', 'device', 'num_workers', 'epochs', 'patience', 'gradient_checkpointing', 'asv_chunk_size', 'preset'}
 
 def find_resume(run:RunOptions, kind:str) -> dict|None:
     "The state that `--resume-from` asks for; None for a fresh start."
     if run.resume_from is None: return None
+    from aam.checkpoint import load_checkpoint # here, because it loads PyTorch, which the messages of aam unifrac do without
     path = RunFolder(run.output_dir).last if str(run.resume_from) == 'auto' else run.resume_from
     if str(run.resume_from) == 'auto' and not path.exists():
         log.info(f'nothing to resume in {run.output_dir}: starting afresh')

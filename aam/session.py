@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'pick_attention', 'pick_device', 'tf32', 'find_compiler', 'pick_compile', 'largest_batch', 'peak_memory',
-           'measured_batch_size', 'Session', 'epoch_line', 'unifrac_variance', 'count_deviation', 'DistanceScore',
+           'measured_batch_size', 'Session', 'epoch_line', 'unifrac_variance', 'count_deviation', 'UnifracScore',
            'reachable', 'majority_accuracy']
 
 # %% ../nbs/29_session.ipynb #140159c7
@@ -19,12 +19,13 @@ from fastcore.basics import patch
 from .blocks import find_device
 from .checkpoint import describe_model, save_checkpoint
 from .config import AamError, started
-from .data import Plan, SampleData, all_distances
+from .data import Plan, SampleData, all_unifrac
 from .diagnosis import quick_check
 from .figures import loss_curves, save_figure
 from .inputs import Inputs, read_split
 from .metadata import Split, write_ids
-from .metrics import distance_scores, pair_values, reachable_r2
+from .losses import learnt_unifrac
+from .metrics import counted_values, distance_scores, reachable_r2
 from .monitor import Meter, Record, read_metrics
 from .layers import RunningStandardise
 from .predictor import Model, prime
@@ -146,7 +147,7 @@ class Session:
 @patch
 def split(self:Session, inputs:Inputs, classes=None) -> Split:
     "Fit, stop and test samples; a resumed run keeps its own."
-    quick_check(inputs, self.options['input'], self.options['encoder'].unifrac_metric)
+    quick_check(inputs, self.options['input'], self.options['encoder'].unifrac_metric, self.options['encoder'].unifrac_alpha)
     seed = self.options['run'].seed
     if not self.resumed: return read_split(self.options['split'], inputs, seed, classes)
     split = Split(**self.resumed['split'])
@@ -229,23 +230,24 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
     log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")
     model.load_state_dict(torch.load(self.folder.best, map_location=self.device, weights_only=True)['weights'])
-    self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch))
+    titles = {'unifrac': "Faith's PD loss"} if self.options['encoder'].unifrac_metric == 'faith_pd' else {}
+    self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch, titles))
     return t
 
 # %% ../nbs/29_session.ipynb #1f77d373
 def epoch_line(t:Training, line:dict) -> str:
     "One epoch in one line."
-    shown = [f"{k.removeprefix('val_')} {v:.3f}" for k, v in line.items() if k.startswith('val_') and (k in ('val_loss', 'val_r2', 'val_mae', 'val_accuracy', 'val_f1', 'val_nuc_accuracy', 'val_unifrac_r2'))]
+    shown = [f"{k.removeprefix('val_')} {v:.3f}" for k, v in line.items() if k.startswith('val_') and (k in ('val_loss', 'val_r2', 'val_mae', 'val_accuracy', 'val_f1', 'val_nuc_accuracy', 'val_unifrac_r2', 'val_faith_pd_r2'))]
     star = ' *' if t.waited == 0 else ''
     return f"epoch {t.epoch}/{t.options.epochs}: train loss {line['train_total']:.3f}; validation {', '.join(shown)}; {line['seconds']:.1f} s{star}"
 
 # %% ../nbs/29_session.ipynb #8bbf2540
 def unifrac_variance(data:SampleData, samples, most:int=500) -> float:
-    "Variance of the distances between fit samples, from at most `most` of them."
+    "Variance of the distances between fit samples, or of their diversities, on the learnt scale; from at most `most` of them."
     chosen = np.random.default_rng(data.seed).permutation(samples)[:most]
-    d = pair_values(all_distances(data, chosen))
+    d = counted_values(learnt_unifrac(torch.from_numpy(all_unifrac(data, chosen))).numpy())
     d = d[np.isfinite(d)]
-    if len(d) < 2: raise AamError(f'fewer than three samples to fit on reach the rarefaction depth of {data.depth} reads, too few for UniFrac: lower --rarefy-depth')
+    if len(d) < 3: raise AamError(f'fewer than three samples to fit on reach the rarefaction depth of {data.depth} reads, too few for UniFrac: lower --rarefy-depth')
     return float(max(d.var(), 1e-6))
 
 def count_deviation(data:SampleData, samples) -> float:
@@ -254,28 +256,33 @@ def count_deviation(data:SampleData, samples) -> float:
     return float(max(np.concatenate([x - x.mean() for x in logs if len(x)]).std(), 1e-3))
 
 # %% ../nbs/29_session.ipynb #fc70bb7c
-class DistanceScore:
-    "Compares predicted distances between `samples` with the true ones."
+class UnifracScore:
+    "Compares distances between `samples` as predicted, or their diversities, with the true ones."
     def __init__(self, data:SampleData, samples, most:int=1000):
+        self.name = 'faith_pd' if data.unifrac_metric == 'faith_pd' else 'unifrac'
         self.samples = list(samples)[:most]
-        self.true = pair_values(all_distances(data, self.samples))
+        self.true = counted_values(all_unifrac(data, self.samples))
 
     @torch.no_grad()
     def predicted(self, model:Model, v:Validation) -> np.ndarray:
         embeddings = v.embeddings[:len(self.samples)].to(next(model.parameters()).device)
-        return pair_values(model.heads['unifrac'].distance(embeddings, embeddings).float().cpu().numpy())
+        return counted_values(model.heads['unifrac'].predicted(embeddings).float().cpu().numpy())
 
     def __call__(self, model:Model, v:Validation) -> dict:
-        return {f'unifrac_{k}': x for k, x in distance_scores(self.predicted(model, v), self.true).items()}
+        return {f'{self.name}_{k}': x for k, x in distance_scores(self.predicted(model, v), self.true).items()}
 
-def reachable(data:SampleData, inputs:Inputs, samples, most:int=1000) -> float|None:
-    "R2 between two rarefactions of `samples` (with a matrix: between it and a rarefaction); None without a tree."
+    def beside(self, data:SampleData, inputs:Inputs, fit, most:int=500) -> dict:
+        "What could be reached, and the error of the mean of the `fit` samples."
+        guess = np.nanmean(counted_values(all_unifrac(data, np.random.default_rng(data.seed).permutation(fit)[:most])))
+        return {f'{self.name}_reachable_r2': reachable(data, inputs, self.samples), f'{self.name}_mean_mae': float(np.nanmean(abs(self.true - guess)))}
+
+def reachable(data:SampleData, inputs:Inputs, samples) -> float|None:
+    "R2 between two rarefactions of `samples` (with a matrix or a file: between it and a rarefaction to the same depth); None without a tree."
     if inputs.branches is None: return None
-    tree = replace(data, distances=None, branches=inputs.branches)
-    samples = list(samples)[:most]
-    first = all_distances(tree, samples, 0)
-    other = all_distances(data, samples) if data.distances is not None else all_distances(tree, samples, 1)
-    return reachable_r2(pair_values(other), pair_values(first))
+    depth = data.depth if data.drawn is None else int(data.drawn.reads.max())
+    tree = replace(data, distances=None, diversities=None, drawn=None, depth=depth, branches=inputs.branches)
+    other = all_unifrac(tree, samples, 1) # a file may hold the first draw, which has the same seed
+    return reachable_r2(all_unifrac(data, samples), other) if data.fixed else reachable_r2(other, all_unifrac(data, samples))
 
 # %% ../nbs/29_session.ipynb #e135ad7d
 def majority_accuracy(data:SampleData, fit_samples, plan:Plan) -> float:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seasons', 'habitats', 'file_names', 'Phylogeny', 'yule_tree', 'newick', 'site_rates', 'substitute',
            'evolve_sequences', 'brownian_traits', 'Survey', 'draw_survey', 'log_abundance', 'draw_reads', 'Community',
-           'simulate_community', 'metadata_table', 'rarefied_distances', 'simulate', 'write_community']
+           'simulate_community', 'metadata_table', 'rarefied', 'write_phylogenetic', 'simulate', 'write_community']
 
 # %% ../nbs/35_simulate.ipynb #a9c35041
 from dataclasses import dataclass, replace
@@ -204,21 +204,26 @@ def metadata_table(
     return frame
 
 # %% ../nbs/35_simulate.ipynb #ff715c0b
-def rarefied_distances(
-    table, # `aam.table.Table`
-    tree_path:Path, # newick file with its ASVs as tips
-): # `aam.unifrac.Distances` of all samples, in the order of the table
-    "Unweighted UniFrac of the table at its default depth."
+def rarefied(table): # `aam.table.Table`
+    "The table at its default depth."
     from aam.table import default_depth, unifrac_draw
-    from aam.unifrac import read_tree, tree_distances
     depth, counts = default_depth(table.reads), table.counts.copy()
     for i, sample in enumerate(table.sample_ids):
         row = slice(*counts.indptr[i:i+2])
         counts.data[row] = unifrac_draw(counts.data[row], depth, InputOptions.rarefy_seed, 0, sample)
-    return tree_distances(replace(table, counts=counts), read_tree(tree_path, table.sequences))
+    return replace(table, counts=counts)
+
+def write_phylogenetic(table, paths:dict):
+    "Writes unweighted UniFrac and Faith's diversities of a rarefied table, from the tree in `paths`."
+    import pandas as pd
+    from aam.unifrac import Distances, read_tree, unifrac_distances, write_distances
+    branches = read_tree(paths['tree'], table.sequences)
+    write_distances(Distances(table.sample_ids, unifrac_distances(table.counts, branches)), paths['unifrac_matrix'])
+    diversities = unifrac_distances(table.counts, branches, 'faith_pd')
+    pd.DataFrame(dict(sample_id=table.sample_ids, faith_pd=diversities)).to_csv(paths['faith_pd'], sep='\t', index=False)
 
 # %% ../nbs/35_simulate.ipynb #7552aa61
-file_names = dict(table='table.biom', tree='tree.nwk', unifrac_matrix='unifrac.h5', metadata='metadata.tsv', test_samples='test_samples.txt')
+file_names = dict(table='table.biom', tree='tree.nwk', unifrac_matrix='unifrac.h5', faith_pd='faith_pd.tsv', metadata='metadata.tsv', test_samples='test_samples.txt')
 
 @command
 def simulate(
@@ -229,7 +234,7 @@ def simulate(
     seed:int=42, # decides everything
     overwrite:bool=False, # replace the files that the folder holds
 ) -> dict: # path of each file, by the option that takes it
-    "Write a simulated survey: table, tree, UniFrac, metadata and a list of held-out samples."
+    "Write a simulated survey: table, tree, UniFrac, Faith's diversities, metadata and a list of held-out samples."
     if subjects < 5 or samples < subjects: raise AamError(f'--samples {samples} --subjects {subjects}: at least 5 subjects and a sample of each are needed')
     if asvs < 10: raise AamError(f'--asvs {asvs}: at least 10 are needed')
     paths = {option: Path(output_dir)/name for option, name in file_names.items()}
@@ -246,12 +251,11 @@ def write_community(
 ):
     "Writes the files of a survey."
     from aam.table import make_table, write_table
-    from aam.unifrac import write_distances
     from aam.metadata import write_ids
     table = make_table(community.counts, community.sample_ids, community.sequences)
     paths['tree'].write_text(newick(community.tree, community.sequences))
     write_table(table, paths['table'])
-    write_distances(rarefied_distances(table, paths['tree']), paths['unifrac_matrix'])
+    write_phylogenetic(rarefied(table), paths)
     metadata_table(community, rng).to_csv(paths['metadata'], sep='\t')
     subject = community.survey.subject
     held_out = rng.permutation(subject.max() + 1)[:round(0.2*(subject.max() + 1))]

@@ -85,7 +85,8 @@ def reason(error:Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 artifact_members = {'FeatureTable[Frequency]': 'feature-table.biom', 'FeatureData[Sequence]': 'dna-sequences.fasta',
-                    'Phylogeny[Rooted]': 'tree.nwk', 'Phylogeny[Unrooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv'}
+                    'Phylogeny[Rooted]': 'tree.nwk', 'Phylogeny[Unrooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv',
+                    'SampleData[AlphaDiversity]': 'alpha-diversity.tsv'}
 type_remedies = {'FeatureTable[RelativeFrequency]': 'give the table of raw counts',
                  'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root)'}
 

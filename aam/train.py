@@ -11,7 +11,7 @@ __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_pa
 # %% ../nbs/31_train.ipynb #18472867
 from dataclasses import dataclass
 
-from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TargetOptions, TrainingOptions, command
+from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TargetOptions, TrainingOptions, command, unifrac_options, unifrac_source
 
 # %% ../nbs/31_train.ipynb #77909e99
 def read_target(options:TargetOptions, inputs):
@@ -97,13 +97,14 @@ def fit_categories(options:CategoryOptions, inputs, data, fit, log) -> dict:
     return vocabulary
 
 # %% ../nbs/31_train.ipynb #bdebb464
-def choose_weights(target:TargetOptions, loss:LossOptions, input:InputOptions, log) -> dict:
+def choose_weights(target:TargetOptions, loss:LossOptions, input:InputOptions, encoder:EncoderOptions, log) -> dict:
     "Weights of the losses that are on."
+    source = unifrac_source(input, encoder)
     weights = dict(target=target.target_penalty, unifrac=loss.penalty, nuc=loss.nuc_penalty, count=loss.count_penalty)
     if not weights['target']: raise AamError('--target-penalty 0: training needs the target; give a positive weight, or use aam pretrain')
     if target.freeze_base: weights = dict(target=weights['target'])
-    elif weights['unifrac'] and input.unifrac_matrix is None and input.tree is None:
-        log.info('no --tree and no --unifrac-matrix: the UniFrac loss is off')
+    elif weights['unifrac'] and source is None:
+        log.info(f"no {unifrac_options(encoder.unifrac_metric).replace(' or ', ' and no ')}: the {'UniFrac' if encoder.unifrac_metric != 'faith_pd' else 'diversity'} loss is off")
         weights['unifrac'] = 0
     return {task: w for task, w in weights.items() if w}
 
@@ -232,12 +233,12 @@ def make_objective(target:TargetOptions, task:Task):
 
 def make_score(task:Task, model):
     "A function from a `Validation` to the scores of an epoch; what guessing would get is the same in each and left out."
-    from aam.session import DistanceScore
-    distances = DistanceScore(task.data, task.stop) if 'unifrac' in task.weights else None
+    from aam.session import UnifracScore
+    unifrac = UnifracScore(task.data, task.stop) if 'unifrac' in task.weights else None
     groups = task.goal.categories(task.inputs.frame)
     def score(v):
         scores = task.goal.scores(task.actual[task.stop], task.goal.readable(v.target, None if groups is None else groups[task.stop]))
-        return {k: x for k, x in scores.items() if not k.startswith(('mean_', 'majority_'))} | (distances(model, v) if distances else {})
+        return {k: x for k, x in scores.items() if not k.startswith(('mean_', 'majority_'))} | (unifrac(model, v) if unifrac else {})
     return score
 
 # %% ../nbs/31_train.ipynb #c86887ff
@@ -307,7 +308,7 @@ def train(
     session = Session('train', input=input, target=target, loss=loss, head=head, categories=categories, encoder=encoder, training=training, split=split, run=run)
     pretrained = load_checkpoint(target.pretrained_encoder, kinds=('pretrain', 'train')) if target.pretrained_encoder else None
     if pretrained: session.options['encoder'] = pretrained_options(pretrained, encoder)
-    task = read_task(session, choose_weights(target, loss, input, log))
+    task = read_task(session, choose_weights(target, loss, input, session.options['encoder'], log))
     fit_task(session, task, log)
     if pretrained: warn_of_seen(log, pretrained, task.parts)
     session.open(task.inputs, task.parts, facts(session, task))

@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from aam.blocks import block_distances, block_size, metrics, read_ranges
+from aam.blocks import block_distances, block_size, metrics
 from aam.simulate import newick, yule_tree
+from aam.unifrac import read_tree
 
 threads = int(os.environ.get('OMP_NUM_THREADS', os.cpu_count()))
 
@@ -48,10 +49,10 @@ def seconds(function, repeats:int=3) -> float:
         best = min(best, time.perf_counter() - begun)
     return best
 
-def compute(counts, ranges, metric, device='cpu'):
+def compute(counts, branches, metric, device='cpu'):
     n = counts.shape[0]
     found = np.zeros((n, n), np.float32)
-    for rows, columns, d in block_distances([counts], ranges, metric, .5, block_size(n, counts.shape[1], device=device), device):
+    for rows, columns, d in block_distances([counts], branches, metric, .5, block_size(n, counts.shape[1], device=device), device):
         found[rows, columns] = d
         found[columns, rows] = d.T
     return found
@@ -75,12 +76,12 @@ def rivals(folder:Path, samples:int, tips:int, some:int):
     counts, names, path = community(folder, samples, tips)
     write_biom(counts, names, folder/'table.biom')
     begun = time.perf_counter()
-    ranges = read_ranges(path, names)
+    branches = read_tree(path, names)
     print(f'{samples} samples x {tips:,} tips, {counts.nnz/samples:.0f} ASVs a sample, {threads} threads; tree read in {time.perf_counter() - begun:.2f} s\n')
     tree, ssu = TreeNode.read(str(path), format='newick', convert_underscores=False), shutil.which('ssu') or shutil.which('ssu', path='/usr/bin')
     print('| metric | aam compute | scikit-bio compute | ratio | aam command | ssu command | aam / ssu, commands | aam compute / ssu command | largest difference |\n|---|---|---|---|---|---|---|---|---|')
     for metric in 'unweighted', 'weighted_normalized', 'generalized':
-        ours, found = seconds(lambda m=metric: compute(counts, ranges, m)), compute(counts, ranges, metric)
+        ours, found = seconds(lambda m=metric: compute(counts, branches, m)), compute(counts, branches, metric)
         theirs, some_found = of_scikit_bio(counts, names, tree, metric, some) if metric != 'generalized' else (None, None)
         words = ['--metric', metric, *(['--alpha', '0.5'] if metric == 'generalized' else [])]
         whole = command(sys.executable, '-m', 'aam.cli', 'unifrac', '--table', folder/'table.biom', '--tree', path, '--output', folder/'aam.h5', '--overwrite', '--device', 'cpu', *words)
@@ -97,9 +98,9 @@ def growth(folder:Path):
     times = {}
     for samples, tips in (250, 5000), (500, 5000), (1000, 5000), (2000, 5000), (500, 2500), (500, 10_000), (500, 20_000):
         counts, names, path = community(folder, samples, tips)
-        ranges = read_ranges(path, names)
-        times[samples, tips] = [seconds(lambda m=m, c=counts, r=ranges: compute(c, r, m), 2) for m in ('unweighted', 'weighted_normalized')]
-        print(f"| {samples:,} | {tips:,} | {len(ranges.lengths):,} | {' | '.join(f'{t:.2f} s' for t in times[samples, tips])} |", flush=True)
+        branches = read_tree(path, names)
+        times[samples, tips] = [seconds(lambda m=m, c=counts, r=branches: compute(c, r, m), 2) for m in ('unweighted', 'weighted_normalized')]
+        print(f"| {samples:,} | {tips:,} | {len(branches.lengths):,} | {' | '.join(f'{t:.2f} s' for t in times[samples, tips])} |", flush=True)
     by_samples = [np.log2(times[2000, 5000][k]/times[1000, 5000][k]) for k in (0, 1)]
     by_tips = [np.log2(times[500, 20_000][k]/times[500, 10_000][k]) for k in (0, 1)]
     print(f'\nthe last doubling of samples: time ** {by_samples[0]:.2f} unweighted, {by_samples[1]:.2f} weighted; of tips: {by_tips[0]:.2f} and {by_tips[1]:.2f}.')
@@ -121,26 +122,26 @@ def on_gpu(folder:Path, samples:int, tips:int, memory:float):
     write_biom(counts, names, folder/'table.biom')
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}; {samples:,} samples x {tips:,} tips, {counts.nnz/samples:.0f} ASVs a sample, made in {time.perf_counter() - begun:.0f} s', flush=True)
     begun = time.perf_counter()
-    ranges = read_ranges(path, names)
-    print(f'tree read in {time.perf_counter() - begun:.1f} s: {len(ranges.lengths):,} branches', flush=True)
+    branches = read_tree(path, names)
+    print(f'tree read in {time.perf_counter() - begun:.1f} s: {len(branches.lengths):,} branches', flush=True)
     table, output = Table(counts, [f's{i}' for i in range(samples)], names, np.arange(tips)), folder/'d.h5'
     options = DistanceOptions(table=folder/'table.biom', tree=path, output=output, device='cuda', memory=memory)
     torch.zeros(1, device='cuda')
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
-    with Output(output).writing(): write_matrix([table], ranges, Output(output), {}, options)
+    with Output(output).writing(): write_matrix([table], branches, Output(output), {}, options)
     took = time.perf_counter() - begun
     print(f'distances and file: {took:.1f} s; peak memory {torch.cuda.max_memory_allocated()/2**30:.1f} GB on the GPU, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:.1f} GB in the process', flush=True)
     whole = command(sys.executable, '-m', 'aam.cli', 'unifrac', '--table', folder/'table.biom', '--tree', path, '--output', folder/'e.h5', '--overwrite', '--device', 'cuda', '--memory', memory)
     print(f'the command, from files to file: {whole:.1f} s', flush=True)
     some = np.sort(np.random.default_rng(1).permutation(samples)[:200])
     exact = np.zeros((200, 200))
-    for rows, columns, d in block_distances([counts[some]], ranges, 'unweighted', 1., 200, 'cpu', 'float64'): exact[rows, columns] = d
+    for rows, columns, d in block_distances([counts[some]], branches, 'unweighted', 1., 200, 'cpu', 'float64'): exact[rows, columns] = d
     with h5py.File(output) as f: found = f['matrix'][some][:, some]
     print(f'largest difference from double precision on a CPU, 200 samples: {np.abs(found - exact).max():.1e}', flush=True)
     for metric in metrics:
         part = counts[:2000]
-        print(f'2,000 of the samples, {metric}: {seconds(lambda m=metric, part=part: compute(part, ranges, m, "cuda"), 1):.1f} s', flush=True)
+        print(f'2,000 of the samples, {metric}: {seconds(lambda m=metric, part=part: compute(part, branches, m, "cuda"), 1):.1f} s', flush=True)
     reason_large(took, samples, tips, torch.cuda.get_device_name())
 
 if __name__ == '__main__':

@@ -1,6 +1,8 @@
 "What `aam check` says of each bad input, word for word, and its exit code."
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -415,3 +417,16 @@ def test_names_of_technical_columns(name): assert technical_columns([name]) == [
 
 @pytest.mark.parametrize('name', ['age', 'prune', 'planet', 'template', 'airplane', 'prepared_meal', 'concentration', 'grunts', 'carbatch2'])
 def test_names_of_other_columns(name): assert technical_columns([name]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('words', [[], ['--no-gradient-checkpointing']])
+def test_memory_is_as_estimated(aam, tmp_path, words):
+    "Of a whole run on a CPU, half of it activations."
+    aam('simulate', '--output-dir', tmp_path/'s', '--samples', 20, '--asvs', 800, '--subjects', 10)
+    words = ['--table', tmp_path/'s'/'table.biom', '--tree', tmp_path/'s'/'tree.nwk', '--embedding-dim', 96, '--attention-layers', 2, '--max-bp', 60, '--device', 'cpu', *words]
+    estimate = json.loads(aam('check', *words, '--json').out)['cost']['memory_gb']
+    run = [sys.executable, '-m', 'aam.cli', 'pretrain', *words, '--epochs', 1, '--output-dir', tmp_path/'run']
+    code = f'import resource, subprocess; subprocess.run({[str(w) for w in run]}, check=True, capture_output=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/2**20)'
+    peak = float(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
+    assert .65 < peak/estimate < 1.2 and estimate > .8, (peak, estimate)

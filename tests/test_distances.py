@@ -1,9 +1,11 @@
 "Guards of `aam unifrac`: scikit-bio and ssu as references, files of every kind, the draw that training sees, refusals."
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,14 +17,14 @@ from scipy import sparse
 from skbio import TreeNode
 from skbio.diversity import alpha_diversity, beta_diversity
 
-from aam.blocks import Block, block_distances, block_faith_pd, block_size, read_ranges
+from aam.blocks import Block, block_distances, block_faith_pd, block_size
 from aam.cli import main
 from aam.config import AamError, EncoderOptions, InputOptions
-from aam.data import SampleData, all_distances, view_draw
+from aam.data import SampleData, all_unifrac, view_draw
 from aam.distances import unifrac
 from aam.inputs import read_inputs, sample_data
 from aam.table import read_table, write_table
-from aam.unifrac import branch_proportions, generalized_unifrac, read_distances, read_tree, weighted_unnormalized_unifrac
+from aam.unifrac import branch_proportions, generalized_unifrac, read_distances, read_record, read_tree, weighted_unnormalized_unifrac
 from test_unifrac import names, random_newick
 
 mouse_age = Path(__file__).parents[2]/'shared'/'data'/'mouse_age'
@@ -30,10 +32,10 @@ ssu = shutil.which('ssu', path=f"{os.environ.get('PATH', '')}:/usr/bin")
 needs_ssu = pytest.mark.skipif(not ssu or not mouse_age.exists(), reason='needs ssu (Debian: unifrac-tools) and ../shared/data/mouse_age')
 
 
-def whole(tables, ranges, **how):
+def whole(tables, branches, **how):
     n = tables[0].shape[0]
     found = np.full((n, n), np.nan)
-    for rows, columns, d in block_distances(tables, ranges, **how): found[rows, columns], found[columns, rows] = d, d.T
+    for rows, columns, d in block_distances(tables, branches, **how): found[rows, columns], found[columns, rows] = d, d.T
     return found
 
 
@@ -60,17 +62,16 @@ def test_every_metric_is_that_of_scikit_bio(tmp_path_factory, n_tips, n_samples,
     counts[-1] = counts[-2]
     order = rng.permutation(n_tips)
     taxa = [tips[i] for i in order]
-    table, ranges, tree = sparse.csr_matrix(counts[:, order]), read_ranges(path, taxa), TreeNode.read(str(path))
+    table, branches, tree = sparse.csr_matrix(counts[:, order]), read_tree(path, taxa), TreeNode.read(str(path))
     reference = dict(taxa=taxa, tree=tree)
     of_skbio = lambda metric, **how: beta_diversity(metric, counts[:, order], **reference, **how).data
     for metric, wanted in dict(unweighted=of_skbio('unweighted_unifrac'), weighted_normalized=of_skbio('weighted_unifrac', normalized=True), weighted_unnormalized=of_skbio('weighted_unifrac')).items():
-        ours = whole([table], ranges, metric=metric, block=block)
+        ours = whole([table], branches, metric=metric, block=block)
         assert np.abs(ours - wanted).max() <= 1e-5 and (ours == ours.T).all() and (ours.diagonal() == 0).all(), metric
-    np.testing.assert_allclose(block_faith_pd(Block(table, ranges, dtype='float64')), alpha_diversity('faith_pd', counts[:, order], **reference), rtol=1e-5, atol=1e-6)
-    branches = read_tree(path, taxa)
+    np.testing.assert_allclose(block_faith_pd(Block(table, branches, dtype='float64')), alpha_diversity('faith_pd', counts[:, order], **reference), rtol=1e-5, atol=1e-6)
     proportions = branch_proportions(table, branches)
     by_hand = generalized_by_hand(proportions, branches.lengths, alpha)
-    assert np.abs(whole([table], ranges, metric='generalized', alpha=alpha, block=block) - by_hand).max() <= 1e-5
+    assert np.abs(whole([table], branches, metric='generalized', alpha=alpha, block=block) - by_hand).max() <= 1e-5
     assert np.abs(generalized_unifrac(proportions, branches.lengths, alpha) - by_hand).max() <= 1e-5
     assert np.abs(weighted_unnormalized_unifrac(proportions, branches.lengths) - of_skbio('weighted_unifrac')).max() <= 1e-5
 
@@ -85,13 +86,13 @@ def test_odd_blocks_agree(tmp_path, metric):
     "More samples than a tile, more branches than a chunk."
     tips = [''.join('ACGT'[i >> 2*b & 3] for b in range(6)) for i in range(900)]
     (tmp_path/'tree.nwk').write_text(random_newick(tips, np.random.default_rng(0), longest=3))
-    ranges, counts = read_ranges(tmp_path/'tree.nwk', tips), random_community(301, 900)
-    one = whole([counts], ranges, metric=metric, alpha=.5, block=301)
-    assert len(ranges.lengths) > 1024
+    branches, counts = read_tree(tmp_path/'tree.nwk', tips), random_community(301, 900)
+    one = whole([counts], branches, metric=metric, alpha=.5, block=301)
+    assert len(branches.lengths) > 1024
     for block in 1, 77, 150:
-        if block > 1: assert np.abs(whole([counts], ranges, metric=metric, alpha=.5, block=block) - one).max() <= 1e-5
-        else: assert np.abs(whole([counts[:20]], ranges, metric=metric, alpha=.5, block=1) - one[:20, :20]).max() <= 1e-5
-    double = whole([counts], ranges, metric=metric, alpha=.5, block=301, dtype='float64')
+        if block > 1: assert np.abs(whole([counts], branches, metric=metric, alpha=.5, block=block) - one).max() <= 1e-5
+        else: assert np.abs(whole([counts[:20]], branches, metric=metric, alpha=.5, block=1) - one[:20, :20]).max() <= 1e-5
+    double = whole([counts], branches, metric=metric, alpha=.5, block=301, dtype='float64')
     assert np.abs(double - one).max() <= 1e-5
 
 
@@ -121,7 +122,7 @@ def test_files_of_ssu_and_aam_are_laid_out_alike(tmp_path, aam):
     "The same datasets, of the same types, with the same IDs and numbers."
     subprocess.run([ssu, '-i', mouse_age/'table.biom', '-t', mouse_age/'tree.nwk', '-m', 'unweighted', '-o', tmp_path/'ssu.h5', '--format', 'hdf5', '--pcoa', '0'], check=True, capture_output=True)
     done = aam('unifrac', '--table', mouse_age/'table.biom', '--tree', mouse_age/'tree.nwk', '--output', tmp_path/'aam.h5')
-    assert 'unweighted of 837 samples and 858 ASVs' in done.out
+    assert 'unweighted of 837 samples and 858 ASVs' in done.err
     with h5py.File(tmp_path/'ssu.h5') as theirs, h5py.File(tmp_path/'aam.h5') as ours:
         assert set(ours) == {'order', 'matrix', 'format', 'version'} <= set(theirs)
         for name in ours:
@@ -144,9 +145,10 @@ def test_every_kind_of_file_is_read_back(tmp_path, files, end, dtype):
     unifrac(**files, output=tmp_path/f'd{end}', dtype=dtype, metric='weighted_normalized')
     table = read_table(files['table'])
     read = read_distances(tmp_path/f'd{end}') # with its own IDs
-    wanted = whole([table.counts], read_ranges(files['tree'], table.sequences), metric='weighted_normalized')
+    wanted = whole([table.counts], read_tree(files['tree'], table.sequences), metric='weighted_normalized')
     assert np.abs(read.align(table.sample_ids) - wanted).max() <= (1e-3 if dtype == 'float16' else 1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f'd{end}', *(['d.ids.txt'] if end == '.npy' else [])])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f'd{end}', *(['d.ids.txt'] if end == '.npy' else []), *([f'd{end}.json'] if end != '.h5' else [])])
+    assert read_record(tmp_path/f'd{end}') == dict(metric='weighted_normalized')
     if end == '.npy': assert np.load(tmp_path/'d.npy').dtype == dtype
     if end == '.qza':
         with zipfile.ZipFile(tmp_path/'d.qza') as archive: folder, = {n.split('/')[0] for n in archive.namelist()}
@@ -175,7 +177,7 @@ def test_the_draw_is_that_of_training(tmp_path, files, end):
     deep = [s for s, n in zip(table.sample_ids, table.reads) if n >= 400]
     assert sorted(read.sample_ids) == sorted(deep)
     data = SampleData(table.select(deep), 400, rarefy_seed=7, branches=read_tree(files['tree'], table.sequences))
-    wanted = all_distances(data, range(len(deep)))
+    wanted = all_unifrac(data, range(len(deep)))
     ours = read.align(deep)
     np.fill_diagonal(ours, np.nan)
     assert np.nanmax(np.abs(ours - wanted)) <= 1e-5 and np.isfinite(wanted).any()
@@ -190,7 +192,7 @@ def test_the_draw_is_that_of_training(tmp_path, files, end):
         assert [found.table.sequences[a] for a in seen.asvs] == [read_table(drawn).sequences[a] for a in asvs] and (seen.counts == counts).all()
 
 
-def test_training_knows_the_rarefied_table(tmp_path, aam, files, caplog):
+def test_training_knows_the_rarefied_table(tmp_path, aam, files, caplog, monkeypatch):
     "With it, with another one in its place, and without it."
     table = read_table(files['table'])
     unifrac(**files, output=tmp_path/'d.h5', rarefy_depth=int(table.reads.min()))
@@ -204,8 +206,63 @@ def test_training_knows_the_rarefied_table(tmp_path, aam, files, caplog):
     drawn.unlink()
     options = InputOptions(table=files['table'], unifrac_matrix=tmp_path/'d.h5')
     caplog.clear()
+    monkeypatch.setattr(logging.getLogger('aam'), 'propagate', True) # commands turn it off
     with caplog.at_level('WARNING', 'aam'): assert read_inputs(options).drawn is None
-    assert [m for m in caplog.messages if 'rarefied' in m] == ['d.h5: its rarefied table d.h5.rarefied.biom is not beside it; reads are drawn anew, and are not quite those that the distances are about']
+    assert [m for m in caplog.messages if 'rarefied' in m] == ['d.h5: its rarefied table d.h5.rarefied.biom is not beside it; reads are drawn anew, and are not quite those that it is about']
+
+
+def test_the_depth_is_that_of_the_file(tmp_path, aam, files):
+    "With one draw, and with the mean of several; samples that the matrix lacks for their depth are dropped without further options."
+    reads = read_table(files['table']).reads
+    depth = int(np.sort(reads)[4]) # four samples have fewer
+    for draws in 1, 2:
+        unifrac(**files, output=tmp_path/'d.h5', rarefy_depth=depth, draws=draws, overwrite=True)
+        words = [str(w) for w in ['pretrain', '--table', files['table'], '--unifrac-matrix', tmp_path/'d.h5', *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run', '--overwrite']]
+        done = aam(*words)
+        said = (done.out + done.err).splitlines()
+        assert f'--rarefy-depth {depth}, as d.h5 was computed from so many reads per sample' in said
+        assert [line for line in said if f'4 of {len(reads)} samples dropped: fewer reads than --rarefy-depth {depth}' in line]
+        assert 'ready to train: 0 errors' in aam('check', '--table', files['table'], '--unifrac-matrix', tmp_path/'d.h5', '--device', 'cpu').out
+        assert 'ready to train: 0 errors' in aam('check', '--table', files['table'], '--unifrac-matrix', tmp_path/'d.h5', '--rarefy-depth', depth, '--device', 'cpu').out
+        for command in words, ['check', '--table', files['table'], '--unifrac-matrix', tmp_path/'d.h5']:
+            done = aam(*command, '--rarefy-depth', 100, fails=True)
+            assert done.returncode == 2 and done.err.splitlines()[-1] == f'aam: --rarefy-depth 100: d.h5 was computed from {depth} reads per sample; leave it out, or compute the file again with aam unifrac --rarefy-depth 100'
+
+
+@pytest.mark.parametrize('end', ['.h5', '.tsv'])
+@pytest.mark.parametrize('made, asked, line', [
+    (['weighted_normalized'], ['weighted'], None),
+    (['generalized', '--alpha', .5], ['generalized', '--unifrac-alpha', .5], None),
+    (['weighted_normalized'], ['unweighted'], 'holds weighted_normalized and --unifrac-metric is unweighted; say --unifrac-metric weighted, or compute it again with aam unifrac --metric unweighted'),
+    (['unweighted'], ['weighted'], 'holds unweighted and --unifrac-metric is weighted; say --unifrac-metric unweighted, or compute it again with aam unifrac --metric weighted_normalized'),
+    (['generalized', '--alpha', .5], ['generalized'], 'was computed with alpha 0.5 and --unifrac-alpha is 1; say --unifrac-alpha 0.5, or compute it again with aam unifrac --alpha 1'),
+])
+def test_another_metric_than_the_file_holds(tmp_path, aam, files, end, made, asked, line):
+    out = tmp_path/f'd{end}'
+    aam('unifrac', '--table', files['table'], '--tree', files['tree'], '--output', out, '--metric', *made)
+    words = ['--table', files['table'], '--unifrac-matrix', out, '--unifrac-metric', *asked]
+    checked = aam('check', *words, '--device', 'cpu', fails=line is not None)
+    assert [s for s in checked.out.splitlines() if s.startswith('error')] == ([] if line is None else [f'error: d{end}: {line}']) and checked.returncode == int(line is not None)
+    done = aam('pretrain', *words, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run', fails=line is not None)
+    if line: assert done.returncode == 2 and done.err.splitlines()[-1] == f'aam: --unifrac-matrix d{end}: {line}' and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('scale, line', [(1., None), (1e5, 'the largest distance is 3.07e+05, and float16 holds at most 65504; choose float32'), (1e-5, 'the largest distance is 3.07e-05, and float16 holds numbers under 0.00006 with few digits or none; choose float32')])
+def test_distances_that_float16_cannot_hold(tmp_path, aam, scale, line):
+    files = small(tmp_path, f'((AAAA:{scale},AAAC:{2*scale}):{scale},(AAAG:{scale},AAAT:{scale}):{2*scale});')
+    words = ['unifrac', '--table', files['table'], '--tree', files['tree'], '--output', tmp_path/'d.npy', '--metric', 'weighted_unnormalized', '--dtype']
+    done = aam(*words, 'float16', fails=line is not None)
+    if line: assert done.returncode == 2 and done.err.splitlines()[-1] == f'aam: --dtype float16: {line}' and not (tmp_path/'d.npy').exists()
+    else: assert np.isfinite(np.load(tmp_path/'d.npy')).all()
+
+
+def test_messages_are_those_of_other_commands(tmp_path, aam):
+    "Warnings are called so, and what was done is said."
+    files = small(tmp_path, '(AAAA:1,AAAC:2,AAAG:3);', ((3, 1, 0), (0, 5, 2), (0, 0, 0)))
+    done = aam('unifrac', '--table', files['table'], '--tree', files['tree'], '--output', tmp_path/'d.npy', '--root-midpoint')
+    said = done.err.splitlines()
+    assert said[0].endswith('tree.nwk: rooted at its midpoint') and said[1] == 'warning: 1 of 3 samples dropped: no reads (s2)'
+    assert said[-1].startswith(f"{tmp_path/'d.npy'}: unweighted of 2 samples and 3 ASVs, ") and done.out == ''
 
 
 def test_mean_of_draws(tmp_path, files):
@@ -213,10 +270,11 @@ def test_mean_of_draws(tmp_path, files):
     from aam.table import rarefy
     unifrac(**files, output=tmp_path/'mean.npy', rarefy_depth=200, draws=3, dtype='float64')
     table = read_table(files['table'])
-    ranges = read_ranges(files['tree'], table.sequences)
-    single = [whole([rarefy(table, 200, 42, k).counts], ranges) for k in range(3)]
+    branches = read_tree(files['tree'], table.sequences)
+    single = [whole([rarefy(table, 200, 42, k).counts], branches) for k in range(3)]
     assert np.abs(np.load(tmp_path/'mean.npy') - np.mean(single, 0)).max() <= 1e-6 and np.abs(single[0] - single[1]).max() > 1e-3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['mean.ids.txt', 'mean.npy']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['mean.ids.txt', 'mean.npy', 'mean.npy.json']
+    assert read_record(tmp_path/'mean.npy') == dict(metric='unweighted', rarefy_depth=200, rarefy_seed=42, draws=3)
 
 
 def test_faith_pd(tmp_path, files):
@@ -279,7 +337,7 @@ def test_hashed_ids(tmp_path):
 def test_samples_without_reads_are_dropped(tmp_path, aam):
     files = small(tmp_path, counts=((3, 1, 0), (0, 0, 0), (9, 0, 1)))
     done = aam('unifrac', '--table', files['table'], '--tree', files['tree'], '--output', tmp_path/'d.tsv')
-    assert '1 of 3 samples dropped: no reads (s1)' in done.err and 'unweighted of 2 samples and 3 ASVs' in done.out
+    assert '1 of 3 samples dropped: no reads (s1)' in done.err and 'unweighted of 2 samples and 3 ASVs' in done.err
     assert read_distances(tmp_path/'d.tsv').sample_ids == ['s0', 's2']
 
 
@@ -300,7 +358,7 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path, monkeypatch):
         unifrac(**files, output=out, overwrite=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == written
     unifrac(**files, output=out, overwrite=True) # the record of the earlier draw goes with it
-    assert {p.name for p in tmp_path.iterdir()} == {'t.biom', 'tree.nwk', 'd.npy', 'd.ids.txt'}
+    assert {p.name for p in tmp_path.iterdir()} == {'t.biom', 'tree.nwk', 'd.npy', 'd.ids.txt', 'd.npy.json'} and read_record(out) == dict(metric='unweighted')
 
 
 @pytest.mark.parametrize('words, line', [
@@ -342,9 +400,17 @@ def test_tensors_give_what_arrays_give(tmp_path, monkeypatch, metric, device):
     monkeypatch.setitem(blocks.chunk, 'cpu:0', 500)
     tips = [''.join('ACGT'[i >> 2*b & 3] for b in range(5)) for i in range(400)]
     (tmp_path/'tree.nwk').write_text(random_newick(tips, np.random.default_rng(0), longest=3))
-    ranges, counts = read_ranges(tmp_path/'tree.nwk', tips), random_community(90, 400)
+    branches, counts = read_tree(tmp_path/'tree.nwk', tips), random_community(90, 400)
     for alpha in (0., .5) if metric == 'generalized' else (1.,):
-        one, other = (whole([counts], ranges, metric=metric, alpha=alpha, block=40, device=d) for d in ('cpu', device))
+        one, other = (whole([counts], branches, metric=metric, alpha=alpha, block=40, device=d) for d in ('cpu', device))
         assert np.abs(one - other).max() <= 1e-5
-    pd = [block_faith_pd(Block(counts, ranges, d, 'float64')) for d in ('cpu', device)]
+    pd = [block_faith_pd(Block(counts, branches, d, 'float64')) for d in ('cpu', device)]
     np.testing.assert_allclose(*pd, rtol=1e-6)
+
+
+def test_a_run_on_a_cpu_loads_no_pytorch(tmp_path, files):
+    "Nor scikit-bio, pandas or SciPy's statistics: they would take most of the time of a small table."
+    words = ['unifrac', '--table', files['table'], '--tree', files['tree'], '--output', tmp_path/'d.h5', '--device', 'cpu', '--metric', 'weighted_normalized']
+    code = f'import sys; from aam.cli import main; assert main({[str(w) for w in words]}) == 0; print(sorted({{"torch", "skbio", "pandas", "scipy.stats", "scipy.spatial"}} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == '[]', done.stdout + done.stderr

@@ -28,7 +28,7 @@ from aam.optim import Schedule
 from aam.predictor import Model, TargetHead
 from aam.table import read_table
 from aam.train import train
-from aam.unifrac import read_distances
+from aam.unifrac import read_distances, read_faith_pd
 
 torch.set_num_threads(1)
 here = Path(__file__).parent
@@ -98,12 +98,13 @@ profiles = {
             --token-limit 7 --asv-sampling abundance --rarefy-depth 2000 --penalty 3 --nuc-penalty 0.5 --count-penalty 2 --nuc-mask-ratio 0.4 --nuc-mask-strategy span
             --batch-size 5 --epochs 3 --lr 0.01 --optimizer sgd --weight-decay 0 --max-grad-norm 0.001 --scheduler cosine_restarts --warmup-steps 2 --scheduler-t0 3 --scheduler-t-mult 3 --scheduler-eta-min 0.001
             --average-decay 0 --gradient-accumulation-steps 2 --asv-chunk-size 10 --mixed-precision bf16 --test-size 0.4 --group-column subject_id --device cpu''',
-    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 0.3 --epochs 40 --patience 9
+    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 1 --epochs 40 --patience 9
             --train-samples LISTS/train.txt --val-samples LISTS/val.txt --test-samples LISTS/test.txt''',
     'c': f'{base} --num-workers 1 --unifrac-metric weighted --token-limit 7 --rarefy-depth 2000 --auto-batch-size --tf32',
     'd': f'{base} --rarefy-seed 7 --no-gradient-checkpointing',
     'e': f'{base} --seed 7',
     'f': f'{base} --unifrac-metric generalized --unifrac-alpha 0.25',
+    'g': f'{base} --unifrac-metric faith_pd --faith-pd DIVERSITIES',
     'preset': '--preset small --embedding-dim 8 --attention-heads 2 --kmer-dim 4 --max-bp 16 --epochs 1 --device cpu',
 }
 files = {'pretrain': '--table SURVEY/table.biom --metadata SURVEY/metadata.tsv --tree SURVEY/tree.nwk',
@@ -115,7 +116,7 @@ def place(survey, tmp_path_factory):
     folder = tmp_path_factory.mktemp('options')
     ids = read_table(survey/'table.biom').sample_ids
     for name, part in dict(train=ids[:24], val=ids[24:34], test=ids[34:40]).items(): (folder/f'{name}.txt').write_text('\n'.join(part) + '\n')
-    return lambda text: text.replace('SURVEY', str(survey)).replace('MATRIX', str(survey/'unifrac.h5')).replace('LISTS', str(folder)).split()
+    return lambda text: text.replace('SURVEY', str(survey)).replace('MATRIX', str(survey/'unifrac.h5')).replace('DIVERSITIES', str(survey/'faith_pd.tsv')).replace('LISTS', str(folder)).split()
 
 
 @pytest.fixture(scope='module')
@@ -127,7 +128,7 @@ def runs(place, tmp_path_factory):
         if (command, profile) not in done:
             folder = tmp_path_factory.mktemp('run')/profile
             given = place(files[command] + ' ' + profiles[profile])
-            if profile == 'b': del given[given.index('--tree'):given.index('--tree') + 2]
+            if profile in 'bg': del given[given.index('--tree'):given.index('--tree') + 2]
             watch = Watch().run(command, *given, '--output-dir', folder)
             done[command, profile] = types.SimpleNamespace(**vars(watch), **vars(Files(folder)), files=Files(folder))
         return done[command, profile]
@@ -175,9 +176,9 @@ def restarts(run): return rates_follow(run('a'), lr=.01, scheduler='cosine_resta
 def plateau(run):
     "The recorded rates fall after epochs as the recorded validation losses say."
     r = run('b')
-    schedule, per_epoch, expected = Schedule(TrainingOptions(lr=.3, scheduler='plateau', scheduler_patience=1, scheduler_factor=.25, epochs=40), 40*(steps := r.lines[0]['step'])), r.lines[0]['step'], []
+    schedule, per_epoch, expected = Schedule(TrainingOptions(lr=1., scheduler='plateau', scheduler_patience=1, scheduler_factor=.25, epochs=40), 40*(steps := r.lines[0]['step'])), r.lines[0]['step'], []
     for line in r.lines:
-        expected += [.3*schedule.share(line['step'] - per_epoch + i) for i in range(steps)]
+        expected += [schedule.share(line['step'] - per_epoch + i) for i in range(steps)]
         schedule.watch(line['val_loss'])
     np.testing.assert_allclose(r.files.rates(), expected, rtol=1e-5)
     return schedule.falls > 0
@@ -208,6 +209,12 @@ def of_matrix(run, place_of):
     return same(r), same(run('base'))
 
 
+def of_file(run, place_of):
+    batch, values = run('g').trained[-1], read_faith_pd(place_of('DIVERSITIES')[0])
+    known = batch.unifrac.isfinite().numpy()
+    return known.any() and np.allclose(batch.unifrac.numpy()[known], values[batch.sample_ids][known], rtol=1e-5) and type(run('g').model.heads['unifrac']).__name__ == 'DiversityHead'
+
+
 def drawn(run):
     "Reads of a validation sample at another seed."
     a, b = run('base'), run('d')
@@ -231,6 +238,7 @@ effects = { # option: (profiles to be compared) -> whether it has its effect
     'table': lambda run, place: len(run('base').files.ids('train')) + len(run('base').files.ids('val')) in (47, 48),
     'tree': lambda run, place: not of_matrix(run, place)[1],
     'unifrac-matrix': lambda run, place: of_matrix(run, place)[0],
+    'faith-pd': of_file,
     'metadata': groups_whole,
     'token-limit': lambda run, place: widest(run('a')) == 7 < widest(run('base')),
     'asv-sampling': lambda run, place: shares_read(run('a')) > 1.05*shares_read(run('c')),
