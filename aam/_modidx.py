@@ -710,6 +710,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.table.table_paths': ('table.html#table_paths', 'aam/table.py'),
                            'aam.table.target_draw': ('table.html#target_draw', 'aam/table.py'),
                            'aam.table.unifrac_draw': ('table.html#unifrac_draw', 'aam/table.py'),
+                           'aam.table.warn_of_strangers': ('table.html#warn_of_strangers', 'aam/table.py'),
                            'aam.table.write_table': ('table.html#write_table', 'aam/table.py')},
             'aam.tokens': { 'aam.tokens._bases_to_hide': ('tokens.html#_bases_to_hide', 'aam/tokens.py'),
                             'aam.tokens._lookup': ('tokens.html#_lookup', 'aam/tokens.py'),

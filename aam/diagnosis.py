@@ -62,6 +62,7 @@ region_starts = {
 _v4_end = re.compile('GGG[AGT]A[GT]C[AG]AACAGG$')
 _forward = {name: iupac_pattern(primers[name]) for name in ('515F', '341F', '27F')}
 _reverse = {'806R': iupac_pattern(reverse_complement(primers['806R']))}
+_whole_gene = 1200 # bases; V1-V2, with V3 too, has some 500
 _reach = 60 # bases in which a primer may stand, with what sequencing adds before it (barcode, pad, linker, adapter)
 
 def _as_it_stands(sequence:str) -> tuple:
@@ -72,7 +73,7 @@ def _as_it_stands(sequence:str) -> tuple:
     for name, pattern in _reverse.items():
         if match := pattern.search(sequence, max(len(sequence) - _reach, 0)): found.append(name); sequence = sequence[:match.start()]
     region = next((name for name, start in region_starts.items() if start.match(sequence)), 'V4' if _v4_end.search(sequence) else None)
-    return region, found
+    return 'full-length' if region == 'V1-V2' and len(sequence) > _whole_gene else region, found
 
 def locate_sequence(sequence:str) -> tuple: # region or None, whether reversed or None if unknown, primers in it
     "Which part of the 16S gene a sequence is, and which way round."

@@ -120,6 +120,40 @@ def test_sequences(check, table, expected):
     assert check(table=table, meta=None) == (0, expected)
 
 
+def test_merged_tables_without_a_common_asv(check, v4):
+    "Trimmed to other lengths, of another region, and with another table between."
+    table = read_table(v4/'table.biom')
+    parts = {'a': (0, 20, lambda s: s), 'same': (20, 48, lambda s: s), 'shorter': (20, 48, lambda s: s[:70]), 'v3': (20, 48, lambda s: 'TGGGGAATATTGCACAATGG' + s[45:])}
+    for name, (first, last, change) in parts.items():
+        some = table.select(table.sample_ids[first:last])
+        here = np.unique(some.counts.indices)
+        write_table(make_table(some.counts[:, here], some.sample_ids, [change(table.sequences[i]) for i in here], name), v4/f'{name}.biom')
+    several = lambda *names: ','.join(str(v4/f'{name}.biom') for name in names)
+    n, longer = (len(read_table(v4/f'{name}.biom').sequences) for name in ('a', 'shorter'))
+    lengths = [len(read_table(v4/f'{name}.biom').sequences[0]) for name in ('a', 'shorter', 'v3')]
+    assert check(table=several('a', 'same'), meta=None) == (0, [])
+    code, (line,) = check(table=several('a', 'shorter'), meta=None)
+    assert code == 0 and re.fullmatch(rf'warning: a.biom: none of its {n} ASVs is in the other table; \d+ of them begin with the same 70 bases as one there: trimmed to different lengths \({lengths[0]} and 70 bases\); trim all to one length and denoise again', line)
+    code, (line, mixed) = check(table=several('a', 'v3'), meta=None)
+    assert code == 0 and line == (f'warning: a.biom: none of its {n} ASVs is in the other table; another region, other primers or the other strand ({lengths[0]} and {lengths[2]} bases in the median); '
+                                  'an organism counts as several ASVs, so give tables of one region') and 'reads of several regions' in mixed
+    some = table.select(table.sample_ids[:3])
+    write_table(make_table(some.counts, ['x', 'y', 'z'], [reverse_complement(s) for s in table.sequences], 'strand'), v4/'strand.biom')
+    code, lines = check(table=several('a', 'same', 'strand'), meta=None)
+    assert code == 0 and [line.split(';')[0] for line in lines if 'none of its' in line] == [f'warning: strand.biom: none of its {len(np.unique(some.counts.indices))} ASVs is in the other tables']
+
+
+def test_whole_genes(check, v4):
+    "Reads from 27F to 1492R begin as V1-V2 does, but are not V1-V2."
+    table, rng = read_table(v4/'table.biom'), np.random.default_rng(0)
+    rest = ''.join(rng.choice(list('ACGT'), 1400))
+    write_table(make_table(table.counts, table.sample_ids, ['GATGAACGCTGGCGGCGTGC' + s + rest for s in table.sequences], 'whole'), v4/'whole.biom')
+    write_table(make_table(table.counts, table.sample_ids, ['GATGAACGCTGGCGGCGTGC' + s for s in table.sequences], 'v1'), v4/'v1.biom')
+    for name, region in ('whole', 'full-length'), ('v1', 'V1-V2'):
+        code, found = check(table=f'{name}.biom', meta=None, json_wanted=True)
+        assert code == 0 and found['sequences']['regions'] == {region: 1.} and found['sequences']['reversed'] == 0
+
+
 def test_mixed_sequences(check, survey):
     code, (line,) = check(table='half.biom', meta=None)
     assert code == 0 and re.fullmatch(r'warning: \d\d\.\d % of the reads are reverse complements, the others are not: turn them round; an organism now counts as two ASVs', line)
