@@ -178,23 +178,25 @@ def test_matrix(check, v4, survey):
     code, (warned, line) = check('--unifrac-matrix', v4/'permuted.npy', meta=None)
     assert (code, warned) == (1, no_ids('permuted'))
     assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.\d\d; rows shuffled at random reach 0\.\d\d\): '
-                        r'write the IDs of its rows to permuted\.ids\.txt, one a line', line), line
+                        r'write the IDs of its rows to permuted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'sorted.npy', meta=None)
     assert code == 1 and re.fullmatch(r'error: sorted\.npy: its rows are not in the order of the table; they fit sorted by ID \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): '
-                                      r'write the IDs of its rows to sorted\.ids\.txt, one a line', line), line
+                                      r'write the IDs of its rows to sorted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'partly.npy', meta=None)
-    assert code == 1 and re.fullmatch(r'error: partly\.npy: part of its rows are not the samples of the table in their order \(rank correlation with Jaccard 0\.\d\d, with its rows rearranged 0\.\d\d\): write the IDs of its rows to partly\.ids\.txt, one a line', line), line
+    assert code == 1 and re.fullmatch(r'error: partly\.npy: part of its rows are not the samples of the table in their order \(rank correlation with Jaccard 0\.\d\d, with its rows rearranged 0\.\d\d\): write the IDs of its rows to partly\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'halves.npy', meta=None)
-    assert code == 1 and re.fullmatch(r'error: halves\.npy: (part of )?its rows are not the samples of the table in their order \(rank correlation with \S+ -?0\.\d\d.*\): write the IDs of its rows to halves\.ids\.txt, one a line', line), line
+    assert code == 1 and re.fullmatch(r'error: halves\.npy: (part of )?its rows are not the samples of the table in their order \(rank correlation with \S+ -?0\.\d\d.*\): write the IDs of its rows to halves\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, lines = check('--unifrac-matrix', v4/'as_metadata.npy', meta='shuffled.tsv')
     line, = [line for line in lines if line.startswith('error')]
-    assert code == 1 and re.fullmatch(r'error: as_metadata\.npy: its rows are not in the order of the table; they fit the order of the metadata \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): write the IDs of its rows to as_metadata\.ids\.txt, one a line', line), line
+    assert code == 1 and re.fullmatch(r'error: as_metadata\.npy: its rows are not in the order of the table; they fit the order of the metadata \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): write the IDs of its rows to as_metadata\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, lines = check('--unifrac-matrix', survey/'unifrac.h5', '--tree', survey/'tree.nwk', '--unifrac-metric', 'weighted', table=survey/'table.biom', meta=None)
     line, = [line for line in lines if line.startswith('warning')]
     assert code == 0 and re.fullmatch(r'warning: unifrac\.h5: follows presence, not abundances \(rank correlation with unweighted UniFrac from the tree 0\.\d\d, with weighted UniFrac from the tree 0\.\d\d\); '
                                       r'if it is unweighted UniFrac, say --unifrac-metric unweighted', line), line
     code, (line,) = check('--unifrac-matrix', v4/'permuted.h5', meta=None)
-    assert code == 1 and line.startswith('error: permuted.h5: its rows are not the samples of the table in their order') and line.endswith('compute it again from this table')
+    assert code == 1 and line.startswith('error: permuted.h5: its rows are not the samples of the table in their order') and line.endswith('compute it again from this table; if it is right all the same, add --trust-unifrac')
+    trusted = check('--unifrac-matrix', v4/'permuted.h5', '--trust-unifrac', meta=None)
+    assert trusted == (0, ['warning: ' + line.removeprefix('error: ').removesuffix('; if it is right all the same, add --trust-unifrac')])
 
 
 def test_technical_columns(check):
@@ -277,6 +279,7 @@ def test_depth_that_costs_one_class():
     (['--group-column', 'subject_id'], dict(meta=None), 'aam: --group-column subject_id: needs --metadata'),
     ([], dict(table='none.biom'), 'aam: --table HERE/none.biom: no such file'),
     ([], dict(meta='none.tsv'), 'aam: HERE/none.tsv: no such file; give the sample metadata as tab-separated text'),
+    (['--trust-unifrac'], {}, 'aam: --trust-unifrac: does nothing without --unifrac-matrix or --faith-pd; leave it out'),
     (['--classifier'], {}, 'aam: --classifier predicts one column: give one with --metadata-column'),
     (['--val-samples', 'HERE/none.txt'], {}, 'aam: HERE/none.txt: no such file; give a file with one sample ID a line'),
     (['--metadata-column', 'soil_pH'], {}, "aam: the metadata has no column 'soil_pH'; its columns are soil_ph, "),
@@ -301,8 +304,11 @@ def test_train_and_pretrain_look_first(aam, v4, tmp_path):
     for more in ['pretrain'], ['train', '--metadata', v4/'metadata.tsv', '--metadata-column', 'soil_ph']:
         run = aam(more[0], *words, *more[1:], fails=True)
         assert run.returncode == 2 and not (tmp_path/'run').exists()
-        assert re.search(r'^aam: --unifrac-matrix permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line$', run.err, re.M), run.err
+        assert re.search(r'^aam: --unifrac-matrix permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac$', run.err, re.M), run.err
+    run = aam('pretrain', *words, '--trust-unifrac', '--max-bp', 30, '--unifrac-branches', 8)
+    assert re.search(r'^warning: permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line$', run.err, re.M), run.err
     words[words.index(v4/'permuted.npy')] = v4/'honest.npy'
+    words.append('--overwrite')
     run = aam('pretrain', *words, '--max-bp', 30, '--unifrac-branches', 8)
     assert 'warning: primer 515F (GTGYCAGCMGCCGCGGTAA) is still in 100.0 % of the reads' in run.err
 
@@ -321,7 +327,7 @@ def test_mouse_age(aam, tmp_path):
     assert bad.returncode == 1 and bad.err == ''
     line, = re.findall('^error: .*', bad.out, re.M)
     assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.0\d; rows shuffled at random reach 0\.0\d\): '
-                        r'write the IDs of its rows to permuted\.ids\.txt, one a line', line)
+                        r'write the IDs of its rows to permuted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line)
     assert bad.out.rstrip().splitlines()[-1].startswith('training would fail or mislead: 1 error, ')
 
 
