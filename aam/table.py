@@ -88,7 +88,7 @@ artifact_members = {'FeatureTable[Frequency]': 'feature-table.biom', 'FeatureDat
                     'Phylogeny[Rooted]': 'tree.nwk', 'Phylogeny[Unrooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv',
                     'SampleData[AlphaDiversity]': 'alpha-diversity.tsv'}
 type_remedies = {'FeatureTable[RelativeFrequency]': 'give the table of raw counts',
-                 'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root)'}
+                 'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)'}
 
 def _find_data(path, archive, wanted):
     "The member of an artifact of type `wanted`, or of one of several types, that holds the data."
@@ -219,7 +219,7 @@ def _find_sequences(path, ids, sequence_of):
 def _read_file(path, sequence_of):
     "The `Table` in one file."
     counts, sample_ids, ids = _load_biom(path)
-    if not ids or not sample_ids: raise AamError(f'{path}: holds no samples or no ASVs; give a BIOM table with counts')
+    if not ids or not sample_ids: raise AamError(f'{path}: holds no samples or no ASVs; give a BIOM table with counts, v2.1 (HDF5) or v1 (JSON)')
     sequences = _find_sequences(path, ids, sequence_of)
     if repeats := len(ids) - len(set(sequences)):
         log.warning(f'{path.name}: {repeats} of {len(ids)} ASVs repeat the sequence of another under a different ID; their reads were added up')
