@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-pages = ["getting_started.ipynb", "guide.ipynb", "how_it_works.ipynb", *sorted(f"tutorials/{p.name}" for p in (root / "nbs/tutorials").glob("*.ipynb"))]
+pages = ["getting_started.ipynb", "guide.ipynb", "how_it_works.ipynb", "how_fast.ipynb", *sorted(f"tutorials/{p.name}" for p in (root / "nbs/tutorials").glob("*.ipynb"))]
 
 
 def run(path: Path):

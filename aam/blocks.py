@@ -194,7 +194,7 @@ gpu_files = '/dev/nvidiactl', '/dev/nvmap', '/dev/kfd', '/dev/dxg' # of the driv
 
 def find_device(name:str) -> str:
     "`cuda` where there is one and nothing else was asked for."
-    if name == 'cpu' or name == 'auto' and sys.platform == 'linux' and not any(map(os.path.exists, gpu_files)): return 'cpu'
+    if name == 'cpu' or name == 'auto' and 'torch' not in sys.modules and sys.platform == 'linux' and not any(map(os.path.exists, gpu_files)): return 'cpu'
     import torch
     if torch.cuda.is_available(): return 'cuda'
     if name == 'cuda': raise AamError('--device cuda: PyTorch finds no GPU here; use --device cpu or auto')

@@ -18,6 +18,7 @@ commands = {
     'unifrac': ('aam.distances:unifrac', 'a UniFrac distance matrix from a table and a tree'),
     'predict': ('aam.predict:predict', 'predict new samples with a trained model'),
     'rf-baseline': ('aam.rf_baseline:rf_baseline', 'the same prediction by Random Forest'),
+    'evaluate': ('aam.evaluate:evaluate', 'is aam better than trees on your data? cross-validation and a report'),
     'simulate': ('aam.simulate:simulate', 'write a small simulated data set'),
     'demo': ('aam.demo:demo', 'all of it on simulated data, in minutes'),
 }
@@ -41,7 +42,7 @@ def run_command(argv:list[str]):
         from aam import __version__
         return print(f'aam {__version__}')
     function, name = load_command(argv[0]), f'aam {argv[0]}'
-    if argv[0] == 'train' and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
+    if argv[0] in ('train', 'evaluate') and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
     if {'-h', '--help'} & set(argv[1:]): return print(command_parser(function, name).format_help())
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise AamError(f"started with {os.environ['WORLD_SIZE']} processes, this version trains with one; use --nproc_per_node=1")
     return function(**parse_command(function, argv[1:], name))

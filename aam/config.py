@@ -287,7 +287,6 @@ def check_scale(o:TargetOptions):
     if (o.target_transform == 'zscore-category') != (o.normalize_by is not None):
         raise AamError('--target-transform zscore-category and --normalize-by COLUMN go together: give both or neither')
     if o.best_metric in (('r2', 'mae') if o.classifier else ('accuracy', 'f1')): _refuse(o, 'best_metric', f"not a score of {'classes' if o.classifier else 'regression'}; choose another")
-    if o.freeze_base and o.pretrained_encoder is None: raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
 
 # %% ../nbs/00_config.ipynb #c5cda5ff
 def split_names(text): "Names separated by commas."; return [c.strip() for c in text.split(',') if c.strip()] if text else []
@@ -459,8 +458,8 @@ def command(function):
 
 def build_options(groups, given):
     "The dataclasses of `groups`: defaults, then the preset, then what was `given`."
-    run = given.get('run')
-    name = given.get('preset', getattr(run, 'preset', None))
+    default = next((f.default for cls in groups.values() for f in fields(cls) if f.name == 'preset'), None)
+    name = given.get('preset', next((given[group].preset for group in groups if hasattr(given.get(group), 'preset')), default))
     if name is not None: check_value('preset', name, dict(choices=preset_names))
     built = {}
     for group, cls in groups.items():

@@ -58,7 +58,7 @@ class Batch:
         new = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
         return replace(self, **new, states=None if self.states is None else self.states.map(function))
 
-    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=True))
+    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=t.is_pinned())) # other memory may be gone before a copy that nobody waits for has read it
     def pin_memory(self): return self.map(torch.Tensor.pin_memory)
 
 # %% ../nbs/06_data.ipynb #a9f3cf5a
@@ -291,10 +291,12 @@ class Plan:
     training:bool=False # shuffled, and with random depths in the target view
     ready = False # batches take work to make
     _kept:dict=field(default_factory=dict, init=False, repr=False, compare=False) # loaders whose processes live on
+    _drawn:tuple=field(default=(None, None), init=False, repr=False, compare=False) # epoch and its order
 
     def order(self, epoch:int) -> np.ndarray:
         if not self.training: return np.asarray(self.samples)
-        return draw_rng('order', self.data.seed, epoch, '').permutation(self.samples)
+        if self._drawn[0] != epoch: self._drawn = epoch, draw_rng('order', self.data.seed, epoch, '').permutation(self.samples)
+        return self._drawn[1]
 
     def __len__(self): return -(-len(self.samples) // self.batch_size)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['blue', 'vermillion', 'grey', 'task_titles', 'regression_shown', 'classes_shown', 'unifrac_shown', 'unifrac_words',
            'score_text', 'save_figure', 'loss_curves', 'predicted_actual', 'confusion_counts', 'confusion',
-           'predicted_unifrac']
+           'predicted_unifrac', 'method_comparison']
 
 # %% ../nbs/18_figures.ipynb #3c3636b2
 import os
@@ -229,4 +229,50 @@ def predicted_unifrac(
     axes.set_xlabel(f'true {value}')
     axes.set_ylabel(f'predicted {value}')
     _titles(axes, f"{label or name}, {len(true):,} {counted}", score_text(scores, unifrac_shown))
+    return figure
+
+# %% ../nbs/18_figures.ipynb #18e00002
+def _score_axes(axes, rows:dict, score:str, colours:dict):
+    "Scores and folds, one line a method."
+    low = min(row[score] for row in rows.values())
+    for place, (name, row) in enumerate(rows.items()):
+        axes.plot(row['folds'], [place]*len(row['folds']), 'o', color=grey, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot(row[score], place, 'o', color=colours[name], markersize=8)
+        axes.annotate(f'{row[score]:.3f}', (row[score], place), (0, 7), textcoords='offset points', ha='center', fontsize=8, color=colours[name])
+    shown = [v for row in rows.values() for v in row['folds'] if v > low - 0.5] + [row[score] for row in rows.values()]
+    margin = 0.1*(max(shown) - min(shown) or 1)
+    axes.set_xlim(min(shown) - margin, max(shown) + margin) # single folds far below the worst method would squeeze all the others
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+
+def _difference_axes(axes, rows:dict, best:str, colours:dict):
+    "Differences to the best baseline with their intervals, one line a method."
+    for place, (name, row) in enumerate(rows.items()):
+        if row.get('difference') is None: continue
+        if row['low'] is not None: axes.plot([row['low'], row['high']], [place, place], color=colours[name], linewidth=2)
+        axes.plot(row['difference'], place, 'o', color=colours[name], markersize=6)
+    axes.axvline(0, color=grey, linewidth=1, linestyle='--', zorder=0)
+    axes.tick_params(labelleft=False, left=False)
+    axes.spines['left'].set_visible(False)
+
+def method_comparison(
+    rows:dict[str, dict], # by method: the score, 'folds' (its value in each), and 'difference', 'low', 'high' where known
+    score:str, # name of the score in `rows`
+    label:str, # what it is called
+    title:str, # what is predicted
+    ours=(), # methods to stand out
+    best:str='best baseline', # the method that differences are to
+) -> Figure:
+    "Scores of methods over the same folds, and their differences to the best baseline."
+    rows = dict(sorted(rows.items(), key=lambda item: -item[1][score]))
+    colours = {name: blue if name in ours else vermillion if name == best else grey for name in rows}
+    figure = Figure((9.4, 1.5 + 0.42*len(rows)), layout='constrained')
+    scores, differences = (_axes(figure, 1, 2, i + 1) for i in range(2))
+    _score_axes(scores, rows, score, colours)
+    differences.set_ylim(scores.get_ylim())
+    _difference_axes(differences, rows, best, colours)
+    for tick, name in zip(scores.get_yticklabels(), rows): tick.set(color=colours[name] if colours[name] != grey else 'black', fontweight='bold' if name in ours else 'normal')
+    scores.set_xlabel(f'{label} (small dots: folds)', fontsize=9)
+    differences.set_xlabel(f'difference in {label} to the best baseline', fontsize=9)
+    figure.suptitle(title, x=0.01, ha='left', fontsize=11)
     return figure

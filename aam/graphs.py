@@ -32,7 +32,7 @@ _axes = dict(
 
 def batch_sizes(batch:Batch) -> dict:
     "How long each axis of `batch` that varies is."
-    if batch.states is not None: return dict(slots=batch.states.mask.shape[1])
+    if batch.states is not None: return dict(slots=batch.states.slots)
     found = {}
     for name, tensors in _axes.items():
         first = next(iter(tensors))
@@ -60,10 +60,7 @@ def pad_rows(batch:Batch, rows:list, masked:list) -> Batch:
 
 def pad_batch(batch:Batch, sizes:dict) -> Batch:
     "`batch` with axes as long as `sizes`, keys of `batch_sizes`, 'rows' and 'masked', say."
-    if batch.states is not None: # of a frozen encoder, in place of everything that varies
-        longer = lambda x, fill: pad_tensor(x, 1, sizes['slots'], fill)
-        s = batch.states
-        return replace(batch, states=replace(s, states=longer(s.states, 0.), mask=longer(s.mask, False), abundance=longer(s.abundance, 0.), identity=longer(s.identity, 0)))
+    if batch.states is not None: return replace(batch, states=batch.states.longer(sizes['slots'])) # of a frozen encoder, in place of everything that varies
     batch = pad_rows(batch, sizes['rows'], sizes['masked'])
     padded = {name: pad_tensor(x, axis, sizes[kind], fill) for kind, tensors in _axes.items() for name, (axis, fill) in tensors.items() if (x := getattr(batch, name)) is not None}
     return replace(batch, **padded)
@@ -97,8 +94,8 @@ class Replay:
 # %% ../nbs/19_graphs.ipynb #a19c0010
 def tensors_of(batch:Batch) -> dict:
     "The tensors of `batch` by name."
-    own = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
-    return own if batch.states is None else own | {f'states.{f.name}': getattr(batch.states, f.name) for f in fields(batch.states)}
+    def own(of, prefix=''): return {prefix + f.name: x for f in fields(of) if isinstance(x := getattr(of, f.name), Tensor)}
+    return own(batch) if batch.states is None else own(batch) | own(batch.states, 'states.')
 
 class Graphed:
     "`function(batch)`, recorded for each shape of batch and replayed; what it returns is overwritten by the next call."
@@ -122,7 +119,7 @@ class Graphed:
     def __call__(self, batch:Batch):
         room = self.room(batch)
         padded = pad_batch(batch.to(self.device), room) # there, as padding here would have to be copied before the GPU is done with the last batch
-        shape = padded.views, padded.groups, tuple((name, tuple(x.shape)) for name, x in tensors_of(padded).items())
+        shape = padded.views, padded.groups, padded.states and padded.states.slots, tuple((name, tuple(x.shape)) for name, x in tensors_of(padded).items())
         if shape in self.replays:
             there, replay = self.replays[shape]
             for x, y in zip(tensors_of(there).values(), tensors_of(padded).values()): x.copy_(y, non_blocking=True)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attention
+
 # %% ../nbs/10_layers.ipynb #085228c2
 class Block(nn.Module):
     "Pre-norm transformer block (Xiong et al. 2020)."
@@ -24,20 +26,14 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         linear = lambda wide, out: nn.Linear(wide, out, bias=False) # the norms have biases; the gradient of one here would be another pass over the data
         self.qkv, self.out = linear(dim, 3*dim), linear(dim, dim)
-        self.mlp = nn.Sequential(linear(dim, 4*dim), nn.GELU(), linear(4*dim, dim))
-
-    def attend(self, x, mask):
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D//self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        self.mlp = nn.Sequential(linear(dim, 4*dim), nn.GELU(approximate='tanh'), linear(4*dim, dim))
 
     def forward(self,
         x:Tensor, # (B, T, D)
         mask:Tensor=None, # True where a position is real, (B, T)
         kept:Tensor=None, # factors of what each half adds, 0 where dropout drops it, (2, B, T, D)
     ) -> Tensor: # (B, T, D)
-        y = self.attend(self.attention_norm(x), mask)
+        y = self.out(attention(self.qkv(self.attention_norm(x)), self.heads, mask))
         x = x + (y if kept is None else y*kept[0])
         y = self.mlp(self.mlp_norm(x))
         return x + (y if kept is None else y*kept[1])

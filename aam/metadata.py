@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'missing_words', 'is_id_header', 'read_metadata', 'get_column', 'is_number', 'is_text_column',
            'numeric_targets', 'natural_sort', 'class_targets', 'category_vocabulary', 'category_ids', 'join_ids',
-           'write_ids', 'read_ids', 'Split', 'hold_out', 'split_samples']
+           'write_ids', 'read_ids', 'Split', 'hold_out', 'group_of_each', 'split_samples', 'cross_folds', 'Fold',
+           'fold_plan']
 
 # %% ../nbs/04_metadata.ipynb #bc26e011
 import csv, itertools, logging, math, re, warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import ShuffleSplit, StratifiedGroupKFold, StratifiedShuffleSplit
+from sklearn.model_selection import KFold, ShuffleSplit, StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
 from .config import AamError, nearest
 
@@ -361,6 +362,13 @@ def _fill_groups(groups:dict[str, str]) -> dict[str, str]:
     if lacking: log.warning(f'samples without a value in the group column ({_named(lacking)}): each counts as a group of its own')
     return {sample_id: f'only {sample_id}' if group is None else group for sample_id, group in groups.items()}
 
+def group_of_each(
+    groups, # group of each sample: a series or dict by ID; or None
+    ids:list[str], # sample IDs
+) -> dict[str, str]: # by ID; None if there are none
+    "The group of each sample; one without a group is a group of its own."
+    return _fill_groups(_by_id(groups, ids))
+
 def split_samples(
     ids:list[str], # all usable sample IDs
     test_size:float=.2, # share of the samples to validate on
@@ -382,3 +390,78 @@ def split_samples(
     split = _fill_parts(ids, lists, lambda rest: hold_out(rest, test_size, seed, groups, classes))
     _warn_of_leaks(split, groups, classes)
     return split
+
+# %% ../nbs/04_metadata.ipynb #6d1f0a32
+def cross_folds(
+    n:int, # samples
+    n_folds:int, # folds, at most
+    seed:int, # another seed, another deal
+    groups:np.ndarray=None, # group of each sample, (n,)
+    classes:np.ndarray=None, # class of each sample, (n,)
+) -> np.ndarray: # (n,)
+    "Fold of each sample; fewer folds where groups or samples are fewer."
+    seed = seed % 2**32
+    class_index = np.zeros(n, int) if classes is None else np.unique(classes, return_inverse=True)[1]
+    n_folds = min(n_folds, n, np.bincount(class_index).max(), *([len(np.unique(groups))] if groups is not None else []))
+    if n_folds < 2: raise AamError(f"{n} samples{'' if groups is None else f' of {len(np.unique(groups))} groups'} cannot be dealt into folds; at least two of each are needed")
+    if groups is not None: return np.unique(_deal_groups(n_folds, seed, groups, class_index), return_inverse=True)[1]
+    splitter, fold = (KFold if classes is None else StratifiedKFold)(n_folds, shuffle=True, random_state=seed), np.empty(n, int)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning) # a class with fewer samples than folds
+        for i, (_, members) in enumerate(splitter.split(fold, class_index)): fold[members] = i
+    return fold
+
+# %% ../nbs/04_metadata.ipynb #6d1f0a35
+@dataclass
+class Fold(Split):
+    "One turn of a cross-validation."
+    repeat:int=0 # which dealing
+    fold:int=0 # which fold of it
+    left_out:str=None # the value that is tested on, with a column to leave out
+
+def _divide_tolerantly(ids:list[str], stop_size:float, seed:int, groups:dict[str, str]=None, classes:dict[str, str]=None) -> tuple[list[str], list[str]]:
+    "Samples to fit and to stop on; groups whole if there are two, classes in proportion if they have two samples."
+    class_of = np.array([classes[s] if classes else '' for s in ids])
+    if groups and len({groups[s] for s in ids}) > 1: held = _hold_out_groups(stop_size, seed % 2**32, class_of, np.array([groups[s] for s in ids]))
+    else:
+        names, index, counts = np.unique(class_of, return_inverse=True, return_counts=True)
+        class_of = np.where(counts[index] < 2, 'rare', class_of)
+        enough = min(np.unique(class_of, return_counts=True)[1]) > 1 and len(ids) >= 2*len(names)
+        held = _hold_out_samples(stop_size, seed % 2**32, class_of if enough else np.full(len(ids), ''), bool(classes) and enough)
+    held = {ids[i] for i in held}
+    return [s for s in ids if s not in held], [s for s in ids if s in held]
+
+# %% ../nbs/04_metadata.ipynb #6d1f0a36
+def _check_leave_out(leave_out:dict[str, str], groups:dict[str, str]):
+    "Raises an `AamError` unless there are values to leave out, each with whole groups."
+    if len(set(leave_out.values())) < 2: raise AamError(f'--leave-one-out-column: has the one value {next(iter(leave_out.values()))!r}; at least two are needed')
+    where = {}
+    for sample_id, value in leave_out.items():
+        if groups and where.setdefault(groups[sample_id], value) != value:
+            raise AamError(f'--leave-one-out-column: group {groups[sample_id]!r} of --group-column is in {where[groups[sample_id]]!r} and in {value!r}; it would be on both sides')
+
+def fold_plan(
+    ids:list[str], # sample IDs
+    folds:int=5, # parts to test on
+    repeats:int=1, # how often samples are dealt anew
+    seed:int=42, # another seed, another plan
+    stop_size:float=.2, # share of the training samples to stop on
+    groups=None, # group of each sample: a series or dict by ID
+    classes=None, # class of each sample, likewise
+    leave_out=None, # value of each sample that makes its fold, likewise; in place of `folds`
+) -> list[Fold]:
+    "Who is tested when, and on what is fitted and stopped until then."
+    ids = sorted(ids)
+    groups, classes, leave_out = _fill_groups(_by_id(groups, ids)), _by_id(classes, ids), _by_id(leave_out, ids)
+    values = lambda of: None if of is None else np.array([of[s] for s in ids])
+    if leave_out: _check_leave_out(leave_out, groups)
+    elif groups and len(set(groups.values())) < folds: raise AamError(f'--folds {folds}: the column to group by has {len(set(groups.values()))} values; give at most as many folds')
+    plan = []
+    for repeat in range(repeats):
+        if leave_out: names, fold = np.unique(values(leave_out), return_inverse=True)
+        else: names, fold = None, cross_folds(len(ids), folds, seed + repeat, values(groups), values(classes))
+        for k in range(fold.max() + 1):
+            rest, test = [s for s, f in zip(ids, fold) if f != k], [s for s, f in zip(ids, fold) if f == k]
+            fit, stop = _divide_tolerantly(rest, stop_size, seed + 1000*repeat + k, groups or leave_out, classes)
+            plan.append(Fold(fit, stop, test, repeat, k, None if names is None else str(names[k])))
+    return plan

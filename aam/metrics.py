@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['best_metrics', 'classification_score_names', 'shown_names', 'is_better', 'r2_score', 'regression_scores',
-           'quantile_scores', 'calibration_error', 'auroc', 'classification_scores', 'beside_guess', 'pair_values',
-           'counted_values', 'distance_scores', 'reachable_r2']
+           'quantile_scores', 'calibration_error', 'auroc', 'classification_scores', 'beside_guess', 'pooled_r2',
+           'sample_gains', 'corrected_interval', 'sign_flip_p', 'pair_values', 'counted_values', 'distance_scores',
+           'reachable_r2']
 
 # %% ../nbs/21_metrics.ipynb #38aa1179
 import warnings
@@ -157,6 +158,54 @@ def beside_guess(
     digits = lambda name: '.4g' if name in ('mae', 'rmse', 'mse') else '.3f' # errors have the unit of the target
     guess = lambda name: next(scores[g] for g in (f'mean_{name}{suffix}', f'majority_{name}{suffix}') if g in scores)
     return ', '.join(f'{label} {scores[name + suffix]:{digits(name)}} ({guess(name):{digits(name)}})' for name, label in shown_names.items() if name + suffix in scores)
+
+# %% ../nbs/21_metrics.ipynb #21e00002
+def pooled_r2(
+    actual:np.ndarray, # (N,)
+    predicted:np.ndarray, # (N,)
+    reference:np.ndarray, # mean of the training samples of each sample's fold, (N,)
+) -> float:
+    "1 - squared error / squared error of the training means."
+    error = float(((actual - reference)**2).sum())
+    return 1 - float(((actual - predicted)**2).sum())/error if error > 0 else float('nan')
+
+# %% ../nbs/21_metrics.ipynb #21e00005
+def sample_gains(
+    actual:np.ndarray, # (N,), or class index
+    ours:np.ndarray, # predictions (N,), or class index
+    theirs:np.ndarray, # of the other method
+    reference:np.ndarray=None, # training means, (N,); None for classes
+) -> np.ndarray: # (N,)
+    "What each sample adds to our R2, or accuracy, above theirs."
+    if reference is None: return (ours == actual).astype(float) - (theirs == actual)
+    error = ((actual - reference)**2).mean()
+    return ((actual - theirs)**2 - (actual - ours)**2)/error if error > 0 else np.full(len(actual), np.nan)
+
+# %% ../nbs/21_metrics.ipynb #21e00008
+def corrected_interval(
+    differences:np.ndarray, # of each fold, (J,)
+    ratio:float, # test samples by training samples
+    centre:float=None, # the middle; by default the mean of the differences
+    level:float=.95, # confidence
+) -> tuple[float, float]:
+    "Confidence interval of a difference, by the corrected resampled t test (Nadeau and Bengio 2003)."
+    from scipy import stats
+    J = len(differences)
+    half = float(stats.t.ppf((1 + level)/2, J - 1)) * (np.var(differences, ddof=1)*(1/J + ratio))**.5
+    centre = float(np.mean(differences)) if centre is None else centre
+    return float(centre - half), float(centre + half)
+
+# %% ../nbs/21_metrics.ipynb #21e0000b
+def sign_flip_p(
+    gains:np.ndarray, # total gain of each group, (G,)
+    seed:int=42,
+    draws:int=9999, # random signs; all of them where there are no more
+) -> float:
+    "Two-sided permutation p of a sum being 0 (`scipy.stats.permutation_test`)."
+    from scipy import stats
+    gains = np.asarray(gains, float)
+    if not np.abs(gains).sum() > 0: return 1.
+    return float(stats.permutation_test((gains,), np.sum, permutation_type='samples', n_resamples=draws, random_state=np.random.default_rng(seed)).pvalue)
 
 # %% ../nbs/21_metrics.ipynb #da33bc59
 def pair_values(

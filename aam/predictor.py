@@ -53,6 +53,15 @@ class SampleStates:
     identity:Tensor # number of the ASV in each slot among the known ones, (B, S)
 
     def map(self, function): return SampleStates(*[function(getattr(self, f.name)) for f in fields(self)])
+    def open(self): return self # others, which are only kept by number, are looked up
+    @property
+    def slots(self): return self.mask.shape[1]
+
+    def longer(self, slots:int):
+        "The same with more slots, all of them empty."
+        more = slots - self.slots
+        pad = lambda x: F.pad(x, (0, more))
+        return replace(self, states=F.pad(self.states, (0, 0, 0, more)), mask=pad(self.mask), abundance=pad(self.abundance), identity=pad(self.identity))
 
 def sample_states(encoded, batch, deep_width:int) -> SampleStates:
     "States and 6-mer sums of the target view; the 6-mer part of an ASV vector starts at `deep_width`."
@@ -242,7 +251,7 @@ class Model(nn.Module):
 
     def states(self, batch) -> SampleStates:
         "What the target head reads."
-        return batch.states or sample_states(self.encode(batch), batch, self.options.embedding_dim)
+        return sample_states(self.encode(batch), batch, self.options.embedding_dim) if batch.states is None else batch.states.open()
 
     def forward(self, batch) -> dict:
         "Outputs by task; `unifrac_embedding` lets distances to samples of other batches be computed."

@@ -304,6 +304,7 @@ def train(
     log = logging.getLogger('aam')
 
     check_head(head, target)
+    if target.freeze_base and target.pretrained_encoder is None: raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
     session = Session('train', input=input, target=target, loss=loss, head=head, categories=categories, encoder=encoder, training=training, split=split, run=run)
     pretrained = load_checkpoint(target.pretrained_encoder, kinds=('pretrain', 'train')) if target.pretrained_encoder else None
     if pretrained: session.options['encoder'] = pretrained_options(pretrained, encoder)

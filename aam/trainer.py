@@ -120,7 +120,8 @@ def update(t:Training) -> torch.Tensor: # norm of the gradients
 
 def train_step(t:Training, batches:list, meter:Meter) -> tuple: # loss, gradient norm
     "One optimizer step over `batches`."
-    torch.manual_seed((t.seed*1_000_003 + t.step) % 2**63)
+    generator = torch.cuda if t.device == 'cuda' else torch.default_generator # `torch.manual_seed` asks every kind of device, half a millisecond a step
+    generator.manual_seed((t.seed*1_000_003 + t.step) % 2**63)
     t.rate = t.schedule.apply(t.optimizer, t.step)
     samples, loss = sum(map(len, batches)), 0.
     for batch in batches:

@@ -283,6 +283,7 @@ def test_classes_with_categories(survey, tmp_path):
 def test_help_on_categories(aam):
     said = aam('train', '--categorical-help').out
     assert all(name in said for name in fusion_names) and '--conditional-output-scaling' in said and '--categorical-lr' in said
+    assert aam('evaluate', '--categorical-help').out == said
 
 
 @pytest.mark.parametrize('name', fusion_names)

@@ -27,6 +27,7 @@ from aam.layers import Block
 from aam.optim import Schedule
 from aam.predictor import Model, TargetHead
 from aam.table import read_table
+from aam.train import train
 from aam.unifrac import read_distances, read_faith_pd
 
 torch.set_num_threads(1)
@@ -97,7 +98,7 @@ profiles = {
             --token-limit 7 --asv-sampling abundance --rarefy-depth 2000 --penalty 3 --nuc-penalty 0.5 --count-penalty 2 --nuc-mask-ratio 0.4 --nuc-mask-strategy span
             --batch-size 5 --epochs 3 --lr 0.01 --optimizer sgd --weight-decay 0 --max-grad-norm 0.001 --scheduler cosine_restarts --warmup-steps 2 --scheduler-t0 3 --scheduler-t-mult 3 --scheduler-eta-min 0.001
             --average-decay 0 --gradient-accumulation-steps 2 --asv-chunk-size 10 --mixed-precision bf16 --test-size 0.4 --group-column subject_id --device cpu''',
-    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 0.3 --epochs 40 --patience 9
+    'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 1 --epochs 40 --patience 9
             --train-samples LISTS/train.txt --val-samples LISTS/val.txt --test-samples LISTS/test.txt''',
     'c': f'{base} --num-workers 1 --unifrac-metric weighted --token-limit 7 --rarefy-depth 2000 --auto-batch-size --tf32',
     'd': f'{base} --rarefy-seed 7 --no-gradient-checkpointing',
@@ -175,9 +176,9 @@ def restarts(run): return rates_follow(run('a'), lr=.01, scheduler='cosine_resta
 def plateau(run):
     "The recorded rates fall after epochs as the recorded validation losses say."
     r = run('b')
-    schedule, per_epoch, expected = Schedule(TrainingOptions(lr=.3, scheduler='plateau', scheduler_patience=1, scheduler_factor=.25, epochs=40), 40*(steps := r.lines[0]['step'])), r.lines[0]['step'], []
+    schedule, per_epoch, expected = Schedule(TrainingOptions(lr=1., scheduler='plateau', scheduler_patience=1, scheduler_factor=.25, epochs=40), 40*(steps := r.lines[0]['step'])), r.lines[0]['step'], []
     for line in r.lines:
-        expected += [.3*schedule.share(line['step'] - per_epoch + i) for i in range(steps)]
+        expected += [schedule.share(line['step'] - per_epoch + i) for i in range(steps)]
         schedule.watch(line['val_loss'])
     np.testing.assert_allclose(r.files.rates(), expected, rtol=1e-5)
     return schedule.falls > 0
@@ -464,11 +465,16 @@ elsewhere_of = {
         'overwrite': 'test_errors.py::test_existing_output_survives', 'output': 'test_errors.py::test_existing_output_survives', 'table': 'test_rf_baseline.py::test_order_of_the_table_does_not_matter',
         'metadata': 'test_rf_baseline.py::test_missing_values_are_masked_column_by_column', 'metadata-column': 'test_rf_baseline.py::test_numbers_as_sklearn',
         **{f'{part}-samples': 'test_rf_baseline.py::test_numbers_as_sklearn' for part in ('train', 'val', 'test')}},
+    'evaluate': {o.replace('_', '-'): 'test_evaluate.py::test_options_reach_the_fits' for o in train.__signature__.parameters} | {
+        'categorical-help': 'test_categories.py::test_help_on_categories', 'overwrite': 'test_evaluate.py::test_options_of_the_evaluation', 'output-dir': 'test_evaluate.py::test_killed_evaluation_goes_on',
+        'jobs': 'test_evaluate.py::test_killed_evaluation_goes_on', 'technical-columns': 'test_evaluate.py::test_report_needs_nothing_else', 'leave-one-out-column': 'test_evaluate.py::test_report_needs_nothing_else',
+        'group-column': 'test_evaluate.py::test_signal_that_only_known_subjects_have', 'repeats': 'test_evaluate.py::test_scores_are_those_of_scikit_learn', 'seeds': 'test_evaluate.py::test_scores_are_those_of_scikit_learn',
+        **{o: 'test_evaluate.py::test_options_of_the_evaluation' for o in ('folds', 'test-size', 'n-estimators', 'preset', 'seed')}, **{o: 'test_evaluate.py::test_encoders' for o in ('pretrain', 'transductive', 'pretrain-options')}},
     'predict': {'asv-chunk-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'table': 'test_invariance.py::test_company_changes_no_prediction', 'overwrite': f'{Path(__file__).name}::test_predict_refuses_to_replace'},
 }
 
 
-@pytest.mark.parametrize('command', ['pretrain', 'train', 'predict', 'rf-baseline'])
+@pytest.mark.parametrize('command', ['pretrain', 'train', 'predict', 'rf-baseline', 'evaluate'])
 def test_no_option_is_without_a_test(command):
     shown = {s.removeprefix('--') for a in command_parser(load_command(command), command)._actions for s in a.option_strings[:1] if s.startswith('--') and a.help != argparse.SUPPRESS}
     own = {o for o in effects if of_one.get(o, command) == command} if command in ('pretrain', 'train') else set()
