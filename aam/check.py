@@ -116,19 +116,19 @@ def check_sequences(report:Report, inputs, input:InputOptions, max_bp:int):
 
 def check_matrix(report:Report, inputs, input:InputOptions, encoder:EncoderOptions, frame_ids:list):
     "Whether the matrix, or the diversities, are about the samples of the table."
-    from aam.diagnosis import diversity_facts, diversity_findings, matrix_facts, matrix_findings, record_findings
+    from aam.diagnosis import diversity_facts, diversity_findings, judged, matrix_facts, matrix_findings, record_findings
     metric = encoder.unifrac_metric
     report.findings += record_findings(input, metric, encoder.unifrac_alpha)
     if inputs.diversities is not None:
         facts = diversity_facts(inputs, input.rarefy_depth or inputs.depth)
-        report.findings += diversity_findings(facts, input.faith_pd)
+        report.findings += judged(diversity_findings(facts, input.faith_pd), input.trust_unifrac)
         report.facts['matrix'] = dict(metric=metric, file=Path(input.faith_pd).name, **(facts or {}))
         return
     if inputs.distances is None:
         report.facts['matrix'] = dict(metric=metric, tree=Path(input.tree).name if input.tree else None)
         return
     facts = matrix_facts(inputs.table, inputs.distances, inputs.branches, {'the order of the metadata': frame_ids} if frame_ids else None)
-    report.findings += matrix_findings(facts, input.unifrac_matrix, metric)
+    report.findings += judged(matrix_findings(facts, input.unifrac_matrix, metric), input.trust_unifrac)
     report.facts['matrix'] = dict(metric=metric, file=Path(input.unifrac_matrix).name, **(facts or {}))
 
 # %% ../nbs/37_check.ipynb #c5243f41

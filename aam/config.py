@@ -130,10 +130,15 @@ class InputOptions(Options):
     unifrac_matrix:Path=None # UniFrac distances, .h5 (as ssu writes it), .npy, .csv, .tsv or .qza
     faith_pd:Path=None # for --unifrac-metric faith_pd: Faith's phylogenetic diversity of each sample, .tsv or .csv (sample ID, value) or .qza
     tree:Path=None # rooted newick tree or .qza with the ASVs as tips; distances, or diversities, are then computed from each rarefaction
+    trust_unifrac:bool=False # go on with a matrix, or diversities, that do not look as if they were about the samples of the table
     token_limit:Number(int, 1)=1024 # most ASVs of a sample that the model reads
     asv_sampling:choice(asv_sampling_names)='first' # which ASVs to read above --token-limit
     rarefy_depth:Number(int, 1)=None # reads per sample after rarefaction; samples with fewer are dropped (without it: the largest depth up to 5000 that 90 % of the samples reach, and none is dropped)
     rarefy_seed:int=42 # seed of the rarefactions
+
+    def check(self):
+        if self.trust_unifrac and self.unifrac_matrix is None and self.faith_pd is None:
+            raise AamError('--trust-unifrac: does nothing without --unifrac-matrix or --faith-pd; leave it out')
 
 @dataclass
 class SplitOptions(Options):

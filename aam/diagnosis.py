@@ -9,7 +9,7 @@ __all__ = ['log', 'levels', 'primers', 'region_starts', 'Finding', 'reverse_comp
            'row_correlations', 'usual_orders', 'order_facts', 'best_order', 'rearranged_correlation', 'rearrangement',
            'matrix_facts', 'matrix_findings', 'metric_findings', 'diversity_facts', 'diversity_findings',
            'technical_columns', 'mean_of_others', 'majority_of_others', 'group_prediction', 'technical_finding',
-           'record_findings', 'quick_check']
+           'record_findings', 'judged', 'quick_check']
 
 # %% ../nbs/17_diagnosis.ipynb #a0fd58ad
 import logging, re
@@ -62,6 +62,7 @@ region_starts = {
 _v4_end = re.compile('GGG[AGT]A[GT]C[AG]AACAGG$')
 _forward = {name: iupac_pattern(primers[name]) for name in ('515F', '341F', '27F')}
 _reverse = {'806R': iupac_pattern(reverse_complement(primers['806R']))}
+_whole_gene = 1200 # bases; V1-V2, with V3 too, has some 500
 _reach = 60 # bases in which a primer may stand, with what sequencing adds before it (barcode, pad, linker, adapter)
 
 def _as_it_stands(sequence:str) -> tuple:
@@ -72,7 +73,7 @@ def _as_it_stands(sequence:str) -> tuple:
     for name, pattern in _reverse.items():
         if match := pattern.search(sequence, max(len(sequence) - _reach, 0)): found.append(name); sequence = sequence[:match.start()]
     region = next((name for name, start in region_starts.items() if start.match(sequence)), 'V4' if _v4_end.search(sequence) else None)
-    return region, found
+    return 'full-length' if region == 'V1-V2' and len(sequence) > _whole_gene else region, found
 
 def locate_sequence(sequence:str) -> tuple: # region or None, whether reversed or None if unknown, primers in it
     "Which part of the 16S gene a sequence is, and which way round."
@@ -373,12 +374,17 @@ def record_findings(options:InputOptions, metric:str, alpha:float=1.) -> list[Fi
         return [Finding('error', f"{path.name}: was computed with alpha {noted['alpha']:g} and --unifrac-alpha is {alpha:g}; say --unifrac-alpha {noted['alpha']:g}, or compute it again with aam unifrac --alpha {alpha:g}")]
     return []
 
+def judged(findings:list[Finding], trusted:bool) -> list[Finding]:
+    "What was found of distances or diversities, an error with how to go on in spite of it; a warning for who trusts them."
+    remedy = '; if it is right all the same, add --trust-unifrac'
+    return [f if f.level != 'error' else Finding('warning', f.text) if trusted else Finding('error', f.text + remedy) for f in findings]
+
 def quick_check(inputs:Inputs, options:InputOptions, metric:str='unweighted', alpha:float=1.):
     "Warns of primers and turned reads; raises an `AamError` for a matrix or diversities that are not about the table's samples, or of another metric."
     found = record_findings(options, metric, alpha) + sequence_findings(sequence_facts(inputs.table))
     if inputs.distances is not None:
-        found += matrix_findings(matrix_facts(inputs.table, inputs.distances), options.unifrac_matrix, metric)
-    if inputs.diversities is not None: found += diversity_findings(diversity_facts(inputs, inputs.depth), options.faith_pd)
+        found += judged(matrix_findings(matrix_facts(inputs.table, inputs.distances), options.unifrac_matrix, metric), options.trust_unifrac)
+    if inputs.diversities is not None: found += judged(diversity_findings(diversity_facts(inputs, inputs.depth), options.faith_pd), options.trust_unifrac)
     for finding in found:
         if finding.level == 'error': raise AamError(f"{'--faith-pd' if inputs.distances is None else '--unifrac-matrix'} {finding.text}")
         if finding.level == 'warning': log.warning(finding.text)

@@ -89,15 +89,10 @@ def drawn_shares(
     "Relative abundances of one rarefaction of each sample."
     import numpy as np
     from scipy import sparse
-    from aam.table import target_draw
-    drawn = table.counts.copy()
-    for i, sample_id in enumerate(table.sample_ids):
-        row = slice(drawn.indptr[i], drawn.indptr[i+1])
-        drawn.data[row] = target_draw(drawn.data[row], depth, seed, 0, sample_id, training=False)
+    from aam.baselines import rarefied_counts
+    drawn = rarefied_counts(table, depth, seed)
     totals = np.maximum(np.asarray(drawn.sum(axis=1)).ravel(), 1) # a sample without reads stays all zeros
-    shares = sparse.diags_array(1 / totals) @ drawn
-    shares.eliminate_zeros()
-    return shares.tocsr().astype(np.float32)
+    return (sparse.diags_array(1 / totals) @ drawn).tocsr().astype(np.float32)
 
 # %% ../nbs/33_rf_baseline.ipynb #d1487988
 def predict_numbers(

@@ -81,7 +81,7 @@ class RunFolder:
     def write_json(self, name:str, values:dict): (self.path/name).write_text(json.dumps(values, indent=1, default=str) + '\n')
 
 # %% ../nbs/27_run.ipynb #74e25ea1
-changeable = {'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
+changeable = {'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 'trust_unifrac', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
               'overwrite', 'device', 'num_workers', 'epochs', 'patience', 'gradient_checkpointing', 'asv_chunk_size', 'preset'}
 
 def find_resume(run:RunOptions, kind:str) -> dict|None:

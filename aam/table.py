@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'artifact_members', 'type_remedies', 'asv_samplings', 'Table', 'make_table', 'reason', 'data_file',
-           'read_sequences', 'table_paths', 'merge_tables', 'read_table', 'write_table', 'draw_rng', 'rarefy_counts',
-           'default_depth', 'unifrac_draw', 'target_draw', 'rarefy', 'first_order', 'abundance_order', 'random_order',
-           'choose_asvs', 'relative_abundance']
+           'read_sequences', 'table_paths', 'merge_tables', 'warn_of_strangers', 'read_table', 'write_table',
+           'draw_rng', 'rarefy_counts', 'default_depth', 'unifrac_draw', 'target_draw', 'rarefy', 'first_order',
+           'abundance_order', 'random_order', 'choose_asvs', 'relative_abundance']
 
 # %% ../nbs/02_table.ipynb #043305e8
 import gzip, hashlib, logging, os, re, shutil, stat, tempfile, zipfile
@@ -88,7 +88,7 @@ artifact_members = {'FeatureTable[Frequency]': 'feature-table.biom', 'FeatureDat
                     'Phylogeny[Rooted]': 'tree.nwk', 'Phylogeny[Unrooted]': 'tree.nwk', 'DistanceMatrix': 'distance-matrix.tsv',
                     'SampleData[AlphaDiversity]': 'alpha-diversity.tsv'}
 type_remedies = {'FeatureTable[RelativeFrequency]': 'give the table of raw counts',
-                 'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root)'}
+                 'Phylogeny[Unrooted]': 'root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)'}
 
 def _find_data(path, archive, wanted):
     "The member of an artifact of type `wanted`, or of one of several types, that holds the data."
@@ -219,7 +219,7 @@ def _find_sequences(path, ids, sequence_of):
 def _read_file(path, sequence_of):
     "The `Table` in one file."
     counts, sample_ids, ids = _load_biom(path)
-    if not ids or not sample_ids: raise AamError(f'{path}: holds no samples or no ASVs; give a BIOM table with counts')
+    if not ids or not sample_ids: raise AamError(f'{path}: holds no samples or no ASVs; give a BIOM table with counts, v2.1 (HDF5) or v1 (JSON)')
     sequences = _find_sequences(path, ids, sequence_of)
     if repeats := len(ids) - len(set(sequences)):
         log.warning(f'{path.name}: {repeats} of {len(ids)} ASVs repeat the sequence of another under a different ID; their reads were added up')
@@ -246,13 +246,29 @@ def merge_tables(
     counts = sparse.block_diag([table.counts[:, order] for table, order in zip(tables, orders)], 'csr')
     return make_table(counts, ids, [table.sequences[i] for table, order in zip(tables, orders) for i in order], names)
 
+def warn_of_strangers(tables:list[Table], names:list[str]):
+    "Warns of a table none of whose ASVs is in another one."
+    found = [{table.sequences[i] for i in np.unique(table.counts.indices)} for table in tables]
+    for k, (name, own) in enumerate(zip(names, found)):
+        others = set().union(*found[:k], *found[k + 1:])
+        if own & others or not own or not others or k == 1 == len(tables) - 1: continue # of two tables, one is enough
+        mine, theirs = (int(np.median([len(s) for s in sequences])) for sequences in (own, others))
+        shortest = min(mine, theirs)
+        alike = {s[:shortest] for s in own} & {s[:shortest] for s in others}
+        why = (f'{len(alike)} of them begin with the same {shortest} bases as one there: trimmed to different lengths ({mine} and {theirs} bases); trim all to one length and denoise again' if alike else
+               f'another region, other primers or the other strand ({mine} and {theirs} bases in the median); an organism counts as several ASVs, so give tables of one region')
+        log.warning(f'{name}: none of its {len(own)} ASVs is in the other table{"s"*(len(tables) > 2)}; {why}')
+
 def read_table(
     path:str|Path, # BIOM file, v2.1 (HDF5) or v1 (JSON, also gzipped), or .qza; several separated by commas
     sequence_of:dict[str, str]=None, # DNA by observation ID, as from `read_sequences`; without it the IDs are the sequences
 ) -> Table:
     "Reads and checks BIOM tables."
-    tables = [_read_file(file, sequence_of) for file in table_paths(path)]
-    return tables[0] if len(tables) == 1 else merge_tables(tables, str(path))
+    paths = table_paths(path)
+    tables = [_read_file(file, sequence_of) for file in paths]
+    if len(tables) == 1: return tables[0]
+    warn_of_strangers(tables, [file.name for file in paths])
+    return merge_tables(tables, str(path))
 
 # %% ../nbs/02_table.ipynb #f45ab819
 def write_table(

@@ -120,6 +120,40 @@ def test_sequences(check, table, expected):
     assert check(table=table, meta=None) == (0, expected)
 
 
+def test_merged_tables_without_a_common_asv(check, v4):
+    "Trimmed to other lengths, of another region, and with another table between."
+    table = read_table(v4/'table.biom')
+    parts = {'a': (0, 20, lambda s: s), 'same': (20, 48, lambda s: s), 'shorter': (20, 48, lambda s: s[:70]), 'v3': (20, 48, lambda s: 'TGGGGAATATTGCACAATGG' + s[45:])}
+    for name, (first, last, change) in parts.items():
+        some = table.select(table.sample_ids[first:last])
+        here = np.unique(some.counts.indices)
+        write_table(make_table(some.counts[:, here], some.sample_ids, [change(table.sequences[i]) for i in here], name), v4/f'{name}.biom')
+    several = lambda *names: ','.join(str(v4/f'{name}.biom') for name in names)
+    n, longer = (len(read_table(v4/f'{name}.biom').sequences) for name in ('a', 'shorter'))
+    lengths = [len(read_table(v4/f'{name}.biom').sequences[0]) for name in ('a', 'shorter', 'v3')]
+    assert check(table=several('a', 'same'), meta=None) == (0, [])
+    code, (line,) = check(table=several('a', 'shorter'), meta=None)
+    assert code == 0 and re.fullmatch(rf'warning: a.biom: none of its {n} ASVs is in the other table; \d+ of them begin with the same 70 bases as one there: trimmed to different lengths \({lengths[0]} and 70 bases\); trim all to one length and denoise again', line)
+    code, (line, mixed) = check(table=several('a', 'v3'), meta=None)
+    assert code == 0 and line == (f'warning: a.biom: none of its {n} ASVs is in the other table; another region, other primers or the other strand ({lengths[0]} and {lengths[2]} bases in the median); '
+                                  'an organism counts as several ASVs, so give tables of one region') and 'reads of several regions' in mixed
+    some = table.select(table.sample_ids[:3])
+    write_table(make_table(some.counts, ['x', 'y', 'z'], [reverse_complement(s) for s in table.sequences], 'strand'), v4/'strand.biom')
+    code, lines = check(table=several('a', 'same', 'strand'), meta=None)
+    assert code == 0 and [line.split(';')[0] for line in lines if 'none of its' in line] == [f'warning: strand.biom: none of its {len(np.unique(some.counts.indices))} ASVs is in the other tables']
+
+
+def test_whole_genes(check, v4):
+    "Reads from 27F to 1492R begin as V1-V2 does, but are not V1-V2."
+    table, rng = read_table(v4/'table.biom'), np.random.default_rng(0)
+    rest = ''.join(rng.choice(list('ACGT'), 1400))
+    write_table(make_table(table.counts, table.sample_ids, ['GATGAACGCTGGCGGCGTGC' + s + rest for s in table.sequences], 'whole'), v4/'whole.biom')
+    write_table(make_table(table.counts, table.sample_ids, ['GATGAACGCTGGCGGCGTGC' + s for s in table.sequences], 'v1'), v4/'v1.biom')
+    for name, region in ('whole', 'full-length'), ('v1', 'V1-V2'):
+        code, found = check(table=f'{name}.biom', meta=None, json_wanted=True)
+        assert code == 0 and found['sequences']['regions'] == {region: 1.} and found['sequences']['reversed'] == 0
+
+
 def test_mixed_sequences(check, survey):
     code, (line,) = check(table='half.biom', meta=None)
     assert code == 0 and re.fullmatch(r'warning: \d\d\.\d % of the reads are reverse complements, the others are not: turn them round; an organism now counts as two ASVs', line)
@@ -144,23 +178,25 @@ def test_matrix(check, v4, survey):
     code, (warned, line) = check('--unifrac-matrix', v4/'permuted.npy', meta=None)
     assert (code, warned) == (1, no_ids('permuted'))
     assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.\d\d; rows shuffled at random reach 0\.\d\d\): '
-                        r'write the IDs of its rows to permuted\.ids\.txt, one a line', line), line
+                        r'write the IDs of its rows to permuted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'sorted.npy', meta=None)
     assert code == 1 and re.fullmatch(r'error: sorted\.npy: its rows are not in the order of the table; they fit sorted by ID \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): '
-                                      r'write the IDs of its rows to sorted\.ids\.txt, one a line', line), line
+                                      r'write the IDs of its rows to sorted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'partly.npy', meta=None)
-    assert code == 1 and re.fullmatch(r'error: partly\.npy: part of its rows are not the samples of the table in their order \(rank correlation with Jaccard 0\.\d\d, with its rows rearranged 0\.\d\d\): write the IDs of its rows to partly\.ids\.txt, one a line', line), line
+    assert code == 1 and re.fullmatch(r'error: partly\.npy: part of its rows are not the samples of the table in their order \(rank correlation with Jaccard 0\.\d\d, with its rows rearranged 0\.\d\d\): write the IDs of its rows to partly\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, (_, line) = check('--unifrac-matrix', v4/'halves.npy', meta=None)
-    assert code == 1 and re.fullmatch(r'error: halves\.npy: (part of )?its rows are not the samples of the table in their order \(rank correlation with \S+ -?0\.\d\d.*\): write the IDs of its rows to halves\.ids\.txt, one a line', line), line
+    assert code == 1 and re.fullmatch(r'error: halves\.npy: (part of )?its rows are not the samples of the table in their order \(rank correlation with \S+ -?0\.\d\d.*\): write the IDs of its rows to halves\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, lines = check('--unifrac-matrix', v4/'as_metadata.npy', meta='shuffled.tsv')
     line, = [line for line in lines if line.startswith('error')]
-    assert code == 1 and re.fullmatch(r'error: as_metadata\.npy: its rows are not in the order of the table; they fit the order of the metadata \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): write the IDs of its rows to as_metadata\.ids\.txt, one a line', line), line
+    assert code == 1 and re.fullmatch(r'error: as_metadata\.npy: its rows are not in the order of the table; they fit the order of the metadata \(rank correlation with Jaccard 0\.\d\d instead of -?0\.\d\d\): write the IDs of its rows to as_metadata\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line), line
     code, lines = check('--unifrac-matrix', survey/'unifrac.h5', '--tree', survey/'tree.nwk', '--unifrac-metric', 'weighted', table=survey/'table.biom', meta=None)
     line, = [line for line in lines if line.startswith('warning')]
     assert code == 0 and re.fullmatch(r'warning: unifrac\.h5: follows presence, not abundances \(rank correlation with unweighted UniFrac from the tree 0\.\d\d, with weighted UniFrac from the tree 0\.\d\d\); '
                                       r'if it is unweighted UniFrac, say --unifrac-metric unweighted', line), line
     code, (line,) = check('--unifrac-matrix', v4/'permuted.h5', meta=None)
-    assert code == 1 and line.startswith('error: permuted.h5: its rows are not the samples of the table in their order') and line.endswith('compute it again from this table')
+    assert code == 1 and line.startswith('error: permuted.h5: its rows are not the samples of the table in their order') and line.endswith('compute it again from this table; if it is right all the same, add --trust-unifrac')
+    trusted = check('--unifrac-matrix', v4/'permuted.h5', '--trust-unifrac', meta=None)
+    assert trusted == (0, ['warning: ' + line.removeprefix('error: ').removesuffix('; if it is right all the same, add --trust-unifrac')])
 
 
 def test_technical_columns(check):
@@ -243,10 +279,11 @@ def test_depth_that_costs_one_class():
     (['--group-column', 'subject_id'], dict(meta=None), 'aam: --group-column subject_id: needs --metadata'),
     ([], dict(table='none.biom'), 'aam: --table HERE/none.biom: no such file'),
     ([], dict(meta='none.tsv'), 'aam: HERE/none.tsv: no such file; give the sample metadata as tab-separated text'),
+    (['--trust-unifrac'], {}, 'aam: --trust-unifrac: does nothing without --unifrac-matrix or --faith-pd; leave it out'),
     (['--classifier'], {}, 'aam: --classifier predicts one column: give one with --metadata-column'),
     (['--val-samples', 'HERE/none.txt'], {}, 'aam: HERE/none.txt: no such file; give a file with one sample ID a line'),
-    (['--metadata-column', 'soil_pH'], {}, "aam: the metadata has no column 'soil_pH'; its columns are soil_ph, "),
-    (['--technical-columns', 'robo'], {}, "aam: the metadata has no column 'robo'; its columns are robot, "),
+    (['--metadata-column', 'soil_pH'], {}, "aam: the metadata has no column 'soil_pH'; its columns are soil_ph, soil_moisture, own_group, season, sequencing_run, of_some, subject_id, prep_plate, lane, same, late, robot, three, empty, halved, habitat, negative, of_subject, rare"),
+    (['--technical-columns', 'robo'], {}, "aam: the metadata has no column 'robo'; its columns are robot, of_some, own_group, of_subject, rare, three, season, habitat, soil_ph, subject_id, prep_plate, soil_moisture, sequencing_run, lane, same, negative, empty, late, halved"),
     (['--tree', 'HERE/none.nwk'], {}, 'aam: --tree HERE/none.nwk: no such file'),
     (['--categorical-columns', 'habitat'], {}, 'aam: --categorical-columns habitat: needs --metadata-column'),
     (['--target-transform', 'zscore'], {}, 'aam: --target-transform zscore: needs --metadata-column'),
@@ -254,12 +291,12 @@ def test_depth_that_costs_one_class():
     (['--metadata-column', 'habitat', '--classifier', '--target-transform', 'zscore'], {}, 'aam: --target-transform zscore: is for regression; leave it out or drop --classifier'),
     (['--metadata-column', 'habitat,season', '--classifier'], {}, 'aam: --classifier predicts one column: give one with --metadata-column'),
     (['--metadata-column', 'soil_ph', '--categorical-columns', 'soil_ph'], {}, 'aam: --categorical-columns soil_ph: is the target; leave it out'),
-    (['--pretrained-encoder', 'HERE/fit.txt'], {}, 'aam: HERE/fit.txt: not a checkpoint of aam'),
-    (['--rarefy-depth', '1000000'], {}, 'aam: all 48 samples would be dropped: fewer reads than --rarefy-depth 1000000 ('),
+    (['--pretrained-encoder', 'HERE/fit.txt'], {}, 'aam: HERE/fit.txt: not a checkpoint of aam, or damaged (IndexError); give the best_model.pt or last.pt of a run'),
+    (['--rarefy-depth', '1000000'], {}, 'aam: all 48 samples would be dropped: fewer reads than --rarefy-depth 1000000 (site01.visit1, site01.visit2, site01.visit3, ...)'),
 ])
 def test_unreadable(check, v4, words, how, expected):
     code, line = check(*[w.replace('HERE', str(v4)) for w in words], **how)
-    assert code == 2 and line.startswith(expected.replace('HERE', str(v4))) and '\n' not in line
+    assert code == 2 and line == expected.replace('HERE', str(v4))
 
 
 def test_train_and_pretrain_look_first(aam, v4, tmp_path):
@@ -267,8 +304,11 @@ def test_train_and_pretrain_look_first(aam, v4, tmp_path):
     for more in ['pretrain'], ['train', '--metadata', v4/'metadata.tsv', '--metadata-column', 'soil_ph']:
         run = aam(more[0], *words, *more[1:], fails=True)
         assert run.returncode == 2 and not (tmp_path/'run').exists()
-        assert re.search(r'^aam: --unifrac-matrix permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line$', run.err, re.M), run.err
+        assert re.search(r'^aam: --unifrac-matrix permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac$', run.err, re.M), run.err
+    run = aam('pretrain', *words, '--trust-unifrac', '--max-bp', 30, '--unifrac-branches', 8)
+    assert re.search(r'^warning: permuted\.npy: its rows are not the samples of the table in their order .*: write the IDs of its rows to permuted\.ids\.txt, one a line$', run.err, re.M), run.err
     words[words.index(v4/'permuted.npy')] = v4/'honest.npy'
+    words.append('--overwrite')
     run = aam('pretrain', *words, '--max-bp', 30, '--unifrac-branches', 8)
     assert 'warning: primer 515F (GTGYCAGCMGCCGCGGTAA) is still in 100.0 % of the reads' in run.err
 
@@ -287,7 +327,7 @@ def test_mouse_age(aam, tmp_path):
     assert bad.returncode == 1 and bad.err == ''
     line, = re.findall('^error: .*', bad.out, re.M)
     assert re.fullmatch(r'error: permuted\.npy: its rows are not the samples of the table in their order \(rank correlation with Jaccard -?0\.0\d; rows shuffled at random reach 0\.0\d\): '
-                        r'write the IDs of its rows to permuted\.ids\.txt, one a line', line)
+                        r'write the IDs of its rows to permuted\.ids\.txt, one a line; if it is right all the same, add --trust-unifrac', line)
     assert bad.out.rstrip().splitlines()[-1].startswith('training would fail or mislead: 1 error, ')
 
 

@@ -18,15 +18,16 @@ import pytest
 import torch
 from scipy import stats
 
-from aam.baselines import Task, fit_baselines
+from aam.baselines import Task, fit_baselines, rarefied_counts
 from aam.checkpoint import load_checkpoint
-from aam.config import AamError, build_options
+from aam.config import AamError, build_options, unifrac_metric_names
 from aam.evaluate import Evaluation, EvaluationOptions, difference, evaluate, gather, make_features, make_jobs, pretrain_given, read_records, train_given
 from aam.metadata import Fold, read_metadata
 from aam.pretrain import pretrain
 from aam.simulate import simulate
 from aam.table import make_table, read_table, write_table
 from aam.train import train
+from aam.unifrac import unifrac_distances
 
 torch.set_num_threads(1)
 width = dict(embedding_dim=8, attention_heads=2, kmer_dim=8, unifrac_branches=16, max_bp=40, epochs=2, device='cpu', n_estimators=25)
@@ -77,15 +78,14 @@ def test_labels_permuted_within_groups(fields, tmp_path):
 
 @pytest.fixture(scope='module')
 def two_worlds(fields, tmp_path_factory):
-    "The survey, and one in which the test samples of the first fold have other labels, and one of them other reads of the same ASVs."
+    "The survey, and one in which the test samples of the first fold have other labels, and one of them as many reads of other ASVs."
     other = tmp_path_factory.mktemp('other')
     def options(folder): return build_options(evaluate.groups, dict(table=folder/'table.biom', metadata=folder/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_moisture', group_column='subject_id', folds=3, output_dir=other/'out', technical_columns='sequencing_run', **width))
     fold = Evaluation(options(fields)).plan[0]
     table, frame = read_table(fields/'table.biom'), read_metadata(fields/'metadata.tsv')
     counts, rng = table.counts.toarray(), np.random.default_rng(1)
     row = table.sample_ids.index(fold.test[0])
-    present = np.flatnonzero(counts[row])
-    counts[row, present] = np.roll(counts[row, present], 3)
+    counts[row] = rng.permutation(counts[row])
     write_table(make_table(counts, table.sample_ids, table.sequences), other/'table.biom')
     frame.loc[fold.test, 'soil_moisture'] = rng.permutation(frame.loc[fold.test, 'soil_moisture'])
     frame.to_csv(other/'metadata.tsv', sep='\t')
@@ -155,6 +155,15 @@ def test_stack_and_best_baseline_do_not_look_at_the_test_samples(two_worlds):
     here = one.at(one.plan[0].test)
     assert weights[0, 0, 0] == weights_again[0, 0, 0]
     for name in ('aam + trees', 'best baseline'): np.testing.assert_array_equal(found[name][0, 0, here], again[name][0, 0, here])
+
+
+@pytest.mark.parametrize('metric', unifrac_metric_names)
+def test_neighbours_are_those_of_the_metric(fields, metric):
+    "Distances between rarefied samples by the metric that aam learns; Faith's diversity has none, then they are unweighted."
+    e = Evaluation(build_options(evaluate.groups, dict(table=fields/'table.biom', metadata=fields/'metadata.tsv', tree=fields/'tree.nwk', metadata_column='soil_ph', output_dir='out', unifrac_metric=metric, **width)))
+    drawn = rarefied_counts(e.inputs.table, e.inputs.depth, 42)
+    expected = unifrac_distances(drawn, e.inputs.branches, 'unweighted' if metric == 'faith_pd' else metric)
+    np.testing.assert_allclose(e.features.distances, expected, atol=1e-5)
 
 
 # ---- classes that a fold cannot know
@@ -292,6 +301,7 @@ together = { # options that need others beside them
     **{name: dict(scheduler='cosine_restarts', **{name: 3}) for name in ('scheduler_t0', 'scheduler_t_mult')}, 'scheduler_patience': dict(scheduler='plateau', scheduler_patience=3), 'scheduler_factor': dict(scheduler='plateau', scheduler_factor=.25),
     **{name: dict(categorical_columns='season', **{name: value}) for name, value in dict(categorical_embed_dim=5, categorical_fusion='gmu', categorical_lr=.01).items()},
     **{name: {name: f'{name}.file'} for name in ('table', 'sequences', 'metadata', 'tree', 'unifrac_matrix', 'pretrained_encoder')},
+    'faith_pd': dict(unifrac_metric='faith_pd', faith_pd='faith.file'),
 }
 evaluation_options = {f.name for f in dataclasses.fields(EvaluationOptions)}
 handed_on = sorted({name for name in train.__signature__.parameters if name in evaluate.__signature__.parameters} - evaluation_options)

@@ -400,7 +400,7 @@ def test_mistakes_as_users_see_them(aam, survey, qiime, trained, tmp_path):
     found = last_line(aam('rf-baseline', '--table', qiime/'table.qza', *target, '--output', tmp_path/'f.tsv', fails=True))
     assert found.startswith(f"aam: {qiime/'table.qza'}: ") and 'not DNA sequences' in found and 'give their sequences with --sequences (FASTA or .qza)' in found
     found = last_line(aam('train', '--table', qiime/'table.qza', '--sequences', qiime/'seqs.qza', '--tree', qiime/'unrooted.qza', *target, '--output-dir', tmp_path/'run', fails=True))
-    assert found == f"aam: {qiime/'unrooted.qza'}: an artifact of type Phylogeny[Unrooted], not Phylogeny[Rooted]; root it, for example at its midpoint (qiime phylogeny midpoint-root)"
+    assert found == f"aam: {qiime/'unrooted.qza'}: an artifact of type Phylogeny[Unrooted], not Phylogeny[Rooted]; root it, for example at its midpoint (qiime phylogeny midpoint-root; aam unifrac --root-midpoint)"
     found = last_line(aam('predict', '--model', trained/'checkpoints/best_model.pt', '--table', qiime/'table.qza', '--sequences', tmp_path/'none.fasta', '--output', tmp_path/'p.tsv', fails=True))
     assert found == f"aam: --sequences {tmp_path/'none.fasta'}: no such file; give FASTA or .qza"
     assert list(tmp_path.iterdir()) == []
