@@ -10,8 +10,9 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'presets', 'started', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
            'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
            'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes',
-           'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions', 'RunOptions',
-           'field_comments', 'command', 'build_options', 'command_parser', 'parse_command', 'option_table']
+           'check_start', 'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions',
+           'RunOptions', 'field_comments', 'command', 'build_options', 'command_parser', 'parse_command',
+           'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, sys, time
@@ -223,6 +224,7 @@ class TargetOptions(Options):
     freeze_base:bool=False # keep the encoder as it is and train the head alone
     linear_start:Flag=True # start from a penalised linear model on the training ASVs
     landmarks:Number(int, 0)=0 # training samples that the linear start also compares a sample with (Bray-Curtis and Jaccard); 0: none
+    refit:bool=False # once the best epoch is chosen, fit the linear start anew on the samples to fit and to stop on; validation scores are of the model before
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]
@@ -235,7 +237,7 @@ class TargetOptions(Options):
 
     def check(self):
         if self.quantiles is not None: self.quantiles = sorted(set(self.quantiles))
-        for check in (check_classes, check_losses, check_scale): check(self)
+        for check in (check_classes, check_losses, check_scale, check_start): check(self)
 
 @dataclass
 class HeadOptions(Options):
@@ -270,6 +272,12 @@ def check_classes(o:TargetOptions):
         try: weights = parse_numbers(o.class_weights)
         except AamError: _refuse(o, 'class_weights', f"choose from {', '.join(class_weight_names)}, or give numbers separated by commas, one for each class")
         if min(weights) < 0 or not 0 < sum(weights) < float('inf'): _refuse(o, 'class_weights', 'weights must not be negative, nor all be 0')
+
+def check_start(o:TargetOptions):
+    "Options of the linear start."
+    for name in ('landmarks', 'refit'):
+        if not o.linear_start and name in o.given and getattr(o, name): _refuse(o, name, 'is of the linear start; leave it out or drop --no-linear-start')
+    if not o.linear_start: o.landmarks, o.refit = 0, False
 
 def check_losses(o:TargetOptions):
     "Losses, and what belongs to them."

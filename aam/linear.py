@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'ridge_strengths', 'logistic_strengths', 'known_asvs', 'identify', 'slot_weights', 'one_hot', 'linear_features',
-           'block_scales', 'padded_draws', 'Landmarks', 'LinearPath', 'fit_linear', 'folds']
+           'block_scales', 'padded_draws', 'choose_landmarks', 'Landmarks', 'LinearPath', 'scaled', 'fit_scaled',
+           'fit_linear', 'refit_linear', 'folds']
 
 # %% ../nbs/09_linear.ipynb #ffe09df0
 import logging
@@ -74,6 +75,10 @@ def padded_draws(data:SampleData, samples) -> tuple: # identity (N, S), abundanc
         n = len(d.asvs)
         identity[row, :n], abundance[row, :n], mask[row, :n] = data.identity[d.asvs], d.abundance, 1
     return identity, abundance, mask
+
+def choose_landmarks(samples:list, most:int, seed:int) -> list:
+    "`samples`, or `most` of them."
+    return list(samples) if len(samples) <= most else sorted(np.random.default_rng(seed).choice(samples, most, replace=False).tolist())
 
 class Landmarks(nn.Module):
     "Similarity of samples to training samples."
@@ -185,6 +190,15 @@ def _logistic(X, y, strength, classes):
     else: weights[:, fitted.classes_], bias[fitted.classes_] = fitted.coef_.T, fitted.intercept_
     return weights, bias
 
+def scaled(X:sparse.csr_matrix, scales:np.ndarray):
+    "`X` with its columns scaled; dense, which solvers take exactly, where it is small."
+    X = X.multiply(scales).tocsr()
+    return X.toarray() if X.shape[0]*X.shape[1] < 1e8 else X
+
+def fit_scaled(X, y, strength, classes):
+    "Coefficients and bias of the model for classes or numbers."
+    return _logistic(X, y, strength, classes) if classes else _ridge(X, y, strength)
+
 def _loss(outputs, y, classes):
     "Mean squared error, or mean log loss."
     if not classes: return float(np.nanmean((outputs - y)**2))
@@ -202,20 +216,24 @@ def fit_linear(
     groups=None, # group of each fit sample, kept in one fold
     seed:int=42,
     more:list[int]=(), # columns of the blocks after the first two
-): # coefficients (2V + M + K, O), bias (O,), out-of-fold outputs (N, O)
+): # coefficients (2V + M + K, O), bias (O,), out-of-fold outputs (N, O), strength
     "A ridge or logistic regression whose penalty the stop samples choose."
     scales = block_scales(X, more)
-    X, X_stop = X.multiply(scales).tocsr(), X_stop.multiply(scales).tocsr()
-    if X.shape[0]*X.shape[1] < 1e8: X, X_stop = X.toarray(), X_stop.toarray() # dense solvers are exact
-    fit = (lambda X, y, s: _logistic(X, y, s, classes)) if classes else _ridge
-    models = {s: fit(X, y, s) for s in (logistic_strengths if classes else ridge_strengths)}
+    X, X_stop = scaled(X, scales), scaled(X_stop, scales)
+    models = {s: fit_scaled(X, y, s, classes) for s in (logistic_strengths if classes else ridge_strengths)}
     best = min(models, key=lambda s: _loss(X_stop @ models[s][0] + models[s][1], y_stop, classes))
     weights, bias = models[best]
     left_out = np.tile(bias, (len(y), 1)) * 0.
     for rest, fold in folds(y, classes, groups, seed):
-        w, b = fit(X[rest], y[rest], best)
+        w, b = fit_scaled(X[rest], y[rest], best, classes)
         left_out[fold] = X[fold] @ w + b
-    return weights * scales[:, None], bias, left_out
+    return weights * scales[:, None], bias, left_out, best
+
+def refit_linear(X, y, strength:float, classes:int=0, more:list[int]=()): # coefficients (2V + M + K, O), bias (O,)
+    "The same model of other samples, with a strength that is known."
+    scales = block_scales(X, more)
+    weights, bias = fit_scaled(scaled(X, scales), y, strength, classes)
+    return weights * scales[:, None], bias
 
 def folds(y, classes, groups, seed, n:int=5):
     "Five folds, or as many as the samples allow; groups whole, classes in proportion."

@@ -17,7 +17,7 @@ from dataclasses import replace
 from fastcore.basics import patch
 
 from .blocks import find_device
-from .checkpoint import describe_model, save_checkpoint
+from .checkpoint import describe_model, load_checkpoint, save_checkpoint
 from .config import AamError, started
 from .data import Plan, SampleData, all_unifrac
 from .diagnosis import quick_check
@@ -229,7 +229,8 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     self.step = t.step
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
     log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")
-    model.load_state_dict(torch.load(self.folder.best, map_location=self.device, weights_only=True)['weights'])
+    if load_checkpoint(self.folder.best).get('refit'): os.replace(self.folder.before_refit, self.folder.best) # a finished run is resumed, and no epoch since was better
+    model.load_state_dict(load_checkpoint(self.folder.best)['weights'])
     titles = {'unifrac': "Faith's PD loss"} if self.options['encoder'].unifrac_metric == 'faith_pd' else {}
     self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch, titles))
     return t

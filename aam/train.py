@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_parts', 'check_categories', 'fit_categories',
-           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'start_linear',
-           'start_quantiles', 'build_model', 'make_plans', 'make_objective', 'make_score', 'score_part',
+           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'linear_targets', 'start_linear',
+           'refit_start', 'start_quantiles', 'build_model', 'make_plans', 'make_objective', 'make_score', 'score_part',
            'target_figures', 'finish', 'train']
 
 # %% ../nbs/31_train.ipynb #18472867
@@ -134,6 +134,7 @@ class Task:
     units:dict=None # of the self-supervised losses
     known:list=() # ASVs of the linear path
     landmarks:list=() # positions of the samples that it compares others with
+    strength:float=None # of its fit, the inverse of the penalty
 
 # %% ../nbs/31_train.ipynb #365edaa7
 def read_task(session, weights:dict) -> Task:
@@ -152,9 +153,8 @@ def read_task(session, weights:dict) -> Task:
 
 def fit_task(session, task:Task, log):
     "Fits on the fit samples what does not need a model, and gives `task.data` the targets and categories of all samples."
-    import numpy as np
     import torch
-    from aam.linear import known_asvs
+    from aam.linear import choose_landmarks, known_asvs
     from aam.losses import choose_class_weights
     from aam.session import count_deviation, unifrac_variance
     o, goal, data, fit = session.options, task.goal, task.data, task.fit
@@ -164,8 +164,9 @@ def fit_task(session, task:Task, log):
     data.target, task.centre, task.deviation = fit_target(goal, task.actual, task.inputs, fit, task.class_weights)
     if not goal.classes: warn_of_range(log, o['head'], goal, data.target[fit], o['target'].target_transform)
     task.units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in task.weights else 1., count_deviation=count_deviation(data, fit))
-    if o['target'].linear_start: task.known = known_asvs(data, fit)
-    if task.known and (most := o['target'].landmarks): task.landmarks = fit if len(fit) <= most else sorted(np.random.default_rng(o['run'].seed).choice(fit, most, replace=False).tolist())
+    if o['target'].linear_start:
+        task.known = known_asvs(data, fit)
+        task.landmarks = choose_landmarks(fit, o['target'].landmarks, o['run'].seed)
 
 def facts(session, task:Task) -> dict:
     "What a checkpoint says of the task, beside options and weights."
@@ -174,25 +175,48 @@ def facts(session, task:Task) -> dict:
     return dict(depth=depth, units=task.units, reading=reading, target=task.goal.to_dict(), known_asvs=task.known, prediction_passes=o['target'].val_prediction_passes)
 
 # %% ../nbs/31_train.ipynb #d695c921
+def linear_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,) or 0
+    "What the linear path of `head` is fitted to, and what is added to its outputs."
+    import numpy as np
+    centre, scale = head.centre.cpu().numpy(), head.scale.cpu().numpy()
+    if not task.goal.classes: return (task.data.target - centre) / scale, 0.
+    # weights act like more samples; the head adds log priors
+    return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
+
 def start_linear(head, task:Task, groups, seed:int):
     "Fits the linear path of `head` and gives the fit samples their out-of-fold outputs; `groups` of the fit samples stay in one fold."
     import numpy as np
     from aam.linear import fit_linear, identify, linear_features
-    data, fit, stop, goal, class_weights = task.data, task.fit, task.stop, task.goal, task.class_weights
+    data, fit, stop, goal = task.data, task.fit, task.stop, task.goal
     data.identity = identify(data.table.sequences, task.known)
-    centre, scale = head.centre.numpy(), head.scale.numpy()
-    y = data.target if goal.classes else (data.target - centre) / scale
+    y, shift = linear_targets(head, task)
     groups = None if groups is None else groups.fillna('').astype(str).to_numpy()
     landmarks = head.linear.landmarks
     if landmarks is not None: landmarks.place(data, task.landmarks)
     features = lambda samples: linear_features(data, samples, head.linear.sizes, landmarks)
-    weights, bias, left_out = fit_linear(features(fit), y[fit], features(stop), y[stop], len(goal.classes or ()), groups, seed, head.linear.more)
-    if goal.classes:
-        shift = -centre if class_weights is None else np.log(np.maximum(class_weights.numpy(), 1e-3)) - centre # weights act like more samples; the head adds log priors
-        bias, left_out = bias + shift, left_out + shift
+    weights, bias, left_out, task.strength = fit_linear(features(fit), y[fit], features(stop), y[stop], len(goal.classes or ()), groups, seed, head.linear.more)
+    bias, left_out = bias + shift, left_out + shift
     head.linear.set(weights, bias)
     data.offset = np.zeros((len(data.table), goal.outputs), np.float32)
     data.offset[fit] = left_out
+
+def refit_start(session, task:Task, log):
+    "Fits the linear path of the best model anew on the fit and stop samples, with the penalty found before; the model before is kept as `before_refit.pt`."
+    import shutil
+    from aam.checkpoint import build_model, describe_model, load_checkpoint, save_checkpoint
+    from aam.linear import LinearPath, choose_landmarks, identify, known_asvs, linear_features, refit_linear
+    state, data, both, o = load_checkpoint(session.folder.best), task.data, sorted([*task.fit, *task.stop]), session.options
+    model = build_model(state)
+    head, known, landmarks = model.heads['target'], known_asvs(data, both), choose_landmarks(both, o['target'].landmarks, o['run'].seed)
+    data.identity = identify(data.table.sequences, known)
+    path = head.linear = LinearPath(len(known), task.goal.outputs, head.linear.sizes, len(landmarks))
+    if landmarks: path.landmarks.place(data, landmarks)
+    y, shift = linear_targets(head, task)
+    weights, bias = refit_linear(linear_features(data, both, path.sizes, path.landmarks), y[both], task.strength, len(task.goal.classes or ()), path.more)
+    path.set(weights, bias + shift)
+    shutil.copy(session.folder.best, session.folder.before_refit)
+    save_checkpoint(state | describe_model(model) | dict(known_asvs=known, training_ids=[data.table.sample_ids[i] for i in both], refit=True), session.folder.best)
+    log.info(f'refit: the linear start of best_model.pt is now fitted on {len(both)} samples, those to stop on included; validation scores and val_predictions.tsv are of the model before (before_refit.pt)')
 
 def start_quantiles(head, data, fit):
     "Starts the quantiles of `head` from what the linear path, or the mean, leaves over on the fit samples."
@@ -281,9 +305,13 @@ def finish(session, task:Task, log):
     from aam.inference import load_predictor
     from aam.run import Run
     training = session.options['training']
-    predictor = load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
-    scores = {part: score_part(session, part, ids, predictor, task.inputs, training, log)
-              for part, ids in dict(validation=task.parts.stop, test=task.parts.test).items() if ids}
+    read_best = lambda: load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
+    predictor = read_best()
+    scores = dict(validation=score_part(session, 'validation', task.parts.stop, predictor, task.inputs, training, log))
+    if session.options['target'].refit:
+        refit_start(session, task, log)
+        predictor = read_best()
+    if task.parts.test: scores['test'] = score_part(session, 'test', task.parts.test, predictor, task.inputs, training, log)
     session.folder.write_json('scores.json', scores)
     session.record.close()
     paths = dict(best_model=session.folder.best, last=session.folder.last, plots=session.folder/'plots', predictions=session.folder/'val_predictions.tsv')

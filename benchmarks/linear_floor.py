@@ -47,7 +47,7 @@ def scores(folder:Path, column:str, classes:bool, seed:int) -> dict:
     centre, deviation = (0, 1) if classes else (y[fit].mean(), y[fit].std())
     z = y if classes else (y - centre)/deviation
     X = linear_features(data, range(len(y)))
-    weights, bias, _ = fit_linear(X[fit], z[fit], X[stop], z[stop], len(names), np.array([groups[inputs.sample_ids[i]] for i in fit]), seed)
+    weights, bias, _, _ = fit_linear(X[fit], z[fit], X[stop], z[stop], len(names), np.array([groups[inputs.sample_ids[i]] for i in fit]), seed)
     outputs = X[test] @ weights + bias
     return {'Random Forest': score(forest(**how).fit(relative[rest], target[rest]).predict(relative[test])),
             'ExtraTrees, log': score(extra(**how).fit(logged[rest], target[rest]).predict(logged[test])),

@@ -21,7 +21,7 @@ from torch.nn.modules import module as hooks
 
 from aam.checkpoint import load_checkpoint
 from aam.cli import load_command, main, run_command
-from aam.config import TrainingOptions, command_parser
+from aam.config import AamError, TrainingOptions, command_parser
 from aam.encoder import Encoder, NucleotideEncoder
 from aam.layers import Block
 from aam.optim import Schedule
@@ -367,6 +367,36 @@ def test_linear_start(runs, place, tmp_path):
     assert all(b.offset is None for b in watch.trained) and all(b.offset is not None for b in runs('train', 'base').trained)
 
 
+def test_landmarks(place, tmp_path):
+    "Fit samples are the landmarks, all or as many as asked for; they take part in prediction."
+    given = [*place(files['train'] + ' ' + base), '--epochs', '1', '--landmarks']
+    for asked in '9', '1000':
+        run_command(['train', *given, asked, '--output-dir', str(tmp_path/asked)])
+        r = Files(tmp_path/asked)
+        rows = r.weights['heads.target.linear.landmarks.rows']
+        assert r.best['landmarks'] == len(rows) == min(int(asked), len(r.ids('train'))) and rows.sum(1).min() > 0 and r.weights['heads.target.linear.landmark_weight'].abs().min() > 0
+    with pytest.raises(AamError, match='--landmarks 9: is of the linear start'): run_command(['train', *given, '9', '--no-linear-start', '--output-dir', str(tmp_path/'none')])
+
+
+def test_refit(place, tmp_path):
+    "The final model's linear path is that of a regression on all samples but the test samples; validation scores are of the model before, also after a resumed run."
+    given = [*place(files['train'] + ' ' + base), '--epochs', '2', '--landmarks', '1000', '--refit', '--output-dir', str(tmp_path/'run')]
+    run_command(['train', *given])
+    run_command(['train', *(w for w in given if w != '--refit'), '--output-dir', str(tmp_path/'plain')])
+    read = lambda name: pd.read_csv(tmp_path/name/'val_predictions.tsv', sep='\t', index_col=0)
+    r, plain = Files(tmp_path/'run'), Files(tmp_path/'plain')
+    pd.testing.assert_frame_equal(read('run'), read('plain'))
+    before = load_checkpoint(tmp_path/'run'/'checkpoints'/'before_refit.pt')
+    assert all(torch.equal(w, plain.weights[k]) for k, w in before['weights'].items()) and 'refit' not in before
+    assert r.best['refit'] and r.best['training_ids'] == sorted([*r.ids('train'), *r.ids('val')], key=r.best['training_ids'].index) and r.best['landmarks'] == len(r.ids('train')) + len(r.ids('val'))
+    for k, w in r.weights.items():
+        if '.linear.' not in k: assert torch.equal(w, before['weights'][k])
+    run_command(['train', *given, '--resume-from', str(tmp_path/'run')])
+    again = Files(tmp_path/'run')
+    pd.testing.assert_frame_equal(read('run'), read('plain'))
+    assert all(torch.equal(w, again.weights[k]) for k, w in r.weights.items())
+
+
 def test_frozen_encoder_costs_one_pass(runs, place, tmp_path):
     "Each ASV is encoded once, however many epochs there are, and once more for the final predictions of the samples validated on, however many rarefactions are averaged."
     encoder = runs('pretrain', 'base').folder/'checkpoints'/'best_model.pt'
@@ -444,7 +474,7 @@ def test_forest_options(forest, place):
 elsewhere = { # tested where it belongs
     'sequences': 'test_formats.py::test_inputs_are_joined_through_sequences', 'trust-unifrac': 'test_check.py::test_train_and_pretrain_look_first', 'overwrite': 'test_errors.py::test_finished_run_survives', 'resume-from': 'test_resume.py::test_finished_run_resumed',
     'debug': 'test_errors.py::test_debug_shows_the_traceback', 'device': f'{Path(__file__).name}::test_device', 'compile-model': f'{Path(__file__).name}::test_compile_model_needs_a_compiler',
-    'wide-path': f'{Path(__file__).name}::test_wide_path', 'best-metric': f'{Path(__file__).name}::test_best_metric', 'linear-start': f'{Path(__file__).name}::test_linear_start',
+    'wide-path': f'{Path(__file__).name}::test_wide_path', 'best-metric': f'{Path(__file__).name}::test_best_metric', 'linear-start': f'{Path(__file__).name}::test_linear_start', 'landmarks': f'{Path(__file__).name}::test_landmarks', 'refit': f'{Path(__file__).name}::test_refit',
     'freeze-base': f'{Path(__file__).name}::test_frozen_encoder_costs_one_pass', 'pretrained-encoder': f'{Path(__file__).name}::test_frozen_encoder_costs_one_pass',
     'batch-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'prediction-passes': f'{Path(__file__).name}::test_predict_batch_size_and_passes',
     'output-variance': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'output': f'{Path(__file__).name}::test_predict_refuses_to_replace', 'model': f'{Path(__file__).name}::test_predict_refuses_to_replace',
