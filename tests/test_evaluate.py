@@ -301,7 +301,7 @@ together = { # options that need others beside them
     **{name: dict(scheduler='cosine_restarts', **{name: 3}) for name in ('scheduler_t0', 'scheduler_t_mult')}, 'scheduler_patience': dict(scheduler='plateau', scheduler_patience=3), 'scheduler_factor': dict(scheduler='plateau', scheduler_factor=.25),
     **{name: dict(categorical_columns='season', **{name: value}) for name, value in dict(categorical_embed_dim=5, categorical_fusion='gmu', categorical_lr=.01).items()},
     **{name: {name: f'{name}.file'} for name in ('table', 'sequences', 'metadata', 'tree', 'unifrac_matrix', 'pretrained_encoder')},
-    'faith_pd': dict(unifrac_metric='faith_pd', faith_pd='faith.file'),
+    'faith_pd': dict(unifrac_metric='faith_pd', faith_pd='faith.file'), 'trust_unifrac': dict(unifrac_matrix='unifrac_matrix.file', trust_unifrac=True),
 }
 evaluation_options = {f.name for f in dataclasses.fields(EvaluationOptions)}
 handed_on = sorted({name for name in train.__signature__.parameters if name in evaluate.__signature__.parameters} - evaluation_options)
