@@ -6,6 +6,7 @@
 __all__ = ['tiled', 'tiled_backward', 'plain_attention', 'forward_tiles', 'backward_tiles', 'fits_tiles', 'attention']
 
 # %% ../nbs/08_attention.ipynb #a0800004
+import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,7 +100,7 @@ if triton:
 # %% ../nbs/08_attention.ipynb #a080000e
 def _launch(kernel, programs:int, stages:int, project:Tensor, heads:int, *tensors):
     B, T, D = project.shape[0], project.shape[1], project.shape[2]//3//heads
-    kernel[programs*B*heads*triton.cdiv(T, 64),](project, *tensors, D**-.5 * 1.4426950408889634, T=T, H=heads, D=D, W=triton.next_power_of_2(D), M=64, N=32, num_warps=4, num_stages=stages)
+    kernel[programs*B*heads*triton.cdiv(T, 64),](project, *tensors, D**-.5 * math.log2(math.e), T=T, H=heads, D=D, W=triton.next_power_of_2(D), M=64, N=32, num_warps=4, num_stages=stages)
 
 def forward_tiles(project:Tensor, heads:int) -> tuple[Tensor, Tensor]: # (B, T, D), (B, heads, T)
     "Attention, and the base-2 logarithms of the sums that the backward pass needs."

@@ -55,7 +55,7 @@ def build_model(state:dict, **memory) -> Model:
     "The model that `state` describes, with its weights."
     categories = CategoryOptions(**state['categories']) if state.get('categories') else None
     model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], categories=categories, vocabulary=state.get('vocabulary'),
-                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], landmarks=state['landmarks'], **memory)
+                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], landmarks=state.get('landmarks', 0), **memory)
     model.load_state_dict(state['weights'])
     return model
 

@@ -456,6 +456,8 @@ def fold_plan(
     values = lambda of: None if of is None else np.array([of[s] for s in ids])
     if leave_out: _check_leave_out(leave_out, groups)
     elif groups and len(set(groups.values())) < folds: raise AamError(f'--folds {folds}: the column to group by has {len(set(groups.values()))} values; give at most as many folds')
+    elif not groups and folds > (most := max(np.unique(list(classes.values()), return_counts=True)[1]) if classes else len(ids)):
+        raise AamError(f"--folds {folds}: {'the largest class' if classes else 'the table'} has {most} samples; give at most as many folds")
     plan = []
     for repeat in range(repeats):
         if leave_out: names, fold = np.unique(values(leave_out), return_inverse=True)

@@ -276,7 +276,7 @@ def check_refusals(fields, folder, path, capsys):
 @pytest.mark.parametrize('options,expected', [
     (dict(metadata_column='soil_ph,soil_moisture'), 'compares one column'), (dict(leave_one_out_column='habitat', folds=3), 'its values are the folds'),
     (dict(transductive=True, pretrain=False), 'choose one'), (dict(pretrain_options='{"lrr": 1}'), 'did you mean lr?'), (dict(freeze_base=True, pretrain=False), 'no encoder worth freezing'),
-    (dict(group_column='season', folds=5), 'has 4 values'), (dict(leave_one_out_column='season', group_column='subject_id'), 'both sides'), (dict(technical_columns='plate'), "no column 'plate'"),
+    (dict(group_column='season', folds=5), 'has 4 values'), (dict(metadata_column='soil_ph', folds=999), 'samples; give at most as many folds'), (dict(metadata_column='habitat', classifier=True, folds=999), 'the largest class has'), (dict(leave_one_out_column='season', group_column='subject_id'), 'both sides'), (dict(technical_columns='plate'), "no column 'plate'"),
     (dict(pretrained_encoder='e.pt', transductive=True), 'give one of them')])
 def test_contradictions(fields, tmp_path, options, expected):
     with pytest.raises(AamError, match=re.escape(expected)):
