@@ -423,6 +423,11 @@ class Plan:
 
     def close(self): "Ends the processes that prepared batches."; self._kept.clear()
 
+    def spread(self, deal:Deal|None):
+        "From now on takes that part of each batch."
+        self.close()
+        self.deal = deal
+
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`."
         samples = self.order(epoch)[k*self.batch_size:(k + 1)*self.batch_size]

@@ -80,6 +80,8 @@ class KeptStates:
     def __len__(self): return len(self.plan)
     def close(self): self.plan.close()
     def order(self, epoch:int): return self.plan.order(epoch)
+    def spread(self, deal): self.plan.spread(deal)
+    batch_size = property(lambda self: self.plan.batch_size, lambda self, n: setattr(self.plan, 'batch_size', n))
 
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`, the same samples as the plan's."
