@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Batch', 'Draw', 'stack_rows', 'hide_asvs', 'distinct_rows', 'kmers_of_tokens', 'SampleData', 'view_draw',
            'limit_asvs', 'draw_views', 'draws_to_csr', 'true_unifrac', 'nucleotide_task', 'compact', 'make_batch',
-           'candidate_tensors', 'group_rows', 'token_tensors', 'Plan', 'pick_workers', 'loader', 'all_unifrac']
+           'candidate_tensors', 'group_rows', 'token_tensors', 'Plan', 'obey_parent', 'pick_workers', 'loader',
+           'all_unifrac']
 
 # %% ../nbs/06_data.ipynb #690102b3
-import os
+import os, signal, threading
 import numpy as np
 import torch
 from dataclasses import dataclass, field, fields, replace
@@ -307,6 +308,18 @@ class Plan:
         samples = self.order(epoch)[k*self.batch_size:(k + 1)*self.batch_size]
         return make_batch(self.data, samples, self.views, self.nucleotides, epoch, epoch*len(self) + k, self.training)
 
+
+# %% ../nbs/06_data.ipynb #e5a70604
+def obey_parent(worker:int):
+    "Lets nobody but its parent end this process by SIGTERM, and nobody by SIGUSR1."
+    def wait():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid(): pass
+        os._exit(0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=wait, daemon=True).start()
+
+# %% ../nbs/06_data.ipynb #e5a70605
 @dataclass
 class _Batches:
     plan:Plan
@@ -326,7 +339,7 @@ def loader(plan:Plan, epoch:int=0, workers:int=0, pin:bool=False, start:int=0) -
     "The batches of `epoch`, from batch `start` on, prepared by `workers` processes, which live on for the next epoch."
     places = [(epoch, k) for k in range(start, len(plan))]
     if plan.ready or not workers: return DataLoader(_Batches(plan), batch_size=None, sampler=_Order(places), pin_memory=pin and not plan.ready)
-    kept = plan._kept.setdefault((workers, pin), DataLoader(_Batches(plan), batch_size=None, sampler=_Order(), num_workers=workers, pin_memory=pin, persistent_workers=True))
+    kept = plan._kept.setdefault((workers, pin), DataLoader(_Batches(plan), batch_size=None, sampler=_Order(), num_workers=workers, pin_memory=pin, persistent_workers=True, worker_init_fn=obey_parent))
     kept.sampler.places = places
     return kept
 
