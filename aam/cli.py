@@ -8,7 +8,7 @@ __all__ = ['commands', 'load_command', 'overview', 'run_command', 'main']
 # %% ../nbs/40_cli.ipynb #dfb81a2e
 import importlib, os, sys, time
 
-from .config import AamError, categorical_help, command_parser, nearest, parse_command
+from .config import AamError, Interrupted, categorical_help, command_parser, nearest, parse_command
 
 # %% ../nbs/40_cli.ipynb #d60dfefd
 commands = {
@@ -59,6 +59,7 @@ def main(argv:list[str]=None) -> int:
         if rank: time.sleep(1) # rank 0 most likely says the same, and then the others are ended
         print(f"aam{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
+    except Interrupted as told: return told.code
     except KeyboardInterrupt:
         print('aam: interrupted', file=sys.stderr)
         return 130

@@ -7,12 +7,12 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'precision_names', 'compile_names', 'share_names', 'mask_strategy_names', 'unifrac_metric_names',
            'fusion_names', 'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names',
            'device_names', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options',
-           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers',
-           'parse_widths', 'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions',
-           'EncoderOptions', 'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions',
-           'check_classes', 'check_start', 'check_losses', 'check_scale', 'split_names', 'CategoryOptions',
-           'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments', 'command', 'build_options',
-           'command_parser', 'parse_command', 'option_table']
+           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'Bounds', 'Number', 'choice',
+           'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions',
+           'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions',
+           'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale', 'split_names',
+           'CategoryOptions', 'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments', 'command',
+           'build_options', 'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, sys, time
@@ -30,6 +30,11 @@ class AamError(Exception):
 def nearest(name:str, known) -> list[str]:
     "The entries of `known`, most similar to `name` first."
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio())
+
+# %% ../nbs/00_config.ipynb #e5a70002
+class Interrupted(SystemExit):
+    "Training was told to stop, and its state is saved."
+    def __init__(self): super().__init__(75)
 
 # %% ../nbs/00_config.ipynb #7849b6f7
 asv_sampling_names = 'first', 'abundance', 'random'
@@ -436,6 +441,8 @@ class RunOptions(Options):
     seed:int=42 # seed of split, weights, masks and order
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
+    save_every_steps:Number(int, 1)=None # save the state of training also within an epoch, after as many optimizer steps
+    keep_checkpoints:Number(int, 1)=2 # how many states of training to keep: last.pt and those before it
 
 # %% ../nbs/00_config.ipynb #663448dd
 presets = {

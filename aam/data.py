@@ -6,10 +6,10 @@
 __all__ = ['Batch', 'Draw', 'stack_rows', 'hide_asvs', 'distinct_rows', 'kmers_of_tokens', 'SampleData', 'view_draw',
            'limit_asvs', 'draw_views', 'draws_to_csr', 'true_unifrac', 'nucleotide_task', 'compact', 'make_batch',
            'candidate_tensors', 'group_rows', 'token_tensors', 'Deal', 'pieces', 'asv_use', 'needed_rows', 'lay_out',
-           'part_tokens', 'part_samples', 'take_part', 'Plan', 'pick_workers', 'loader', 'all_unifrac']
+           'part_tokens', 'part_samples', 'take_part', 'Plan', 'obey_parent', 'pick_workers', 'loader', 'all_unifrac']
 
 # %% ../nbs/06_data.ipynb #690102b3
-import os
+import os, signal, threading
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -435,6 +435,18 @@ class Plan:
         batch = make_batch(self.data, samples, self.views, self.nucleotides, epoch, epoch*len(self) + k, self.training)
         return batch if self.deal is None else take_part(batch, self.deal)
 
+
+# %% ../nbs/06_data.ipynb #e5a70604
+def obey_parent(worker:int):
+    "Lets nobody but its parent end this process by SIGTERM, and nobody by SIGUSR1."
+    def wait():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid(): pass
+        os._exit(0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=wait, daemon=True).start()
+
+# %% ../nbs/06_data.ipynb #e5a70605
 @dataclass
 class _Batches:
     plan:Plan
@@ -455,7 +467,7 @@ class _Ahead:
     "Batches made by `workers` processes. What follows an epoch is begun before it ends: nobody waits for its first batch."
     def __init__(self, plan:Plan, workers:int, pin:bool):
         self.plan, self.order, self.batches = plan, _Order(plan), None
-        self.loader = DataLoader(_Batches(plan), batch_size=None, sampler=self.order, num_workers=workers, pin_memory=pin, persistent_workers=True)
+        self.loader = DataLoader(_Batches(plan), batch_size=None, sampler=self.order, num_workers=workers, pin_memory=pin, persistent_workers=True, worker_init_fn=obey_parent)
 
     def epoch(self, epoch:int, start:int):
         for k in range(start, len(self.plan)):

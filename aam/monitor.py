@@ -55,6 +55,8 @@ class Record:
         "Training values, by our names."
         for name, value in values.items(): self.writer.add_scalar(name if '/' in name else tags[name], value, step)
 
+    def flush(self): "Writes curves that are still in memory."; self.writer.flush()
+
     def epoch(self, values:dict, epoch:int, step:int):
         "One line, and the validation scores as curves."
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()} # JSON has no NaN
@@ -106,3 +108,6 @@ class Meter:
     def speed(self) -> dict:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return dict(samples_per_second=self.samples/seconds, asvs_per_second=self.asvs/seconds)
+
+    def state_dict(self): return dict(sums=dict(self.sums), samples=self.samples, asvs=int(self.asvs))
+    def load_state_dict(self, state): self.sums, self.samples, self.asvs = dict(state['sums']), state['samples'], state['asvs']

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .blocks import find_device
 from .checkpoint import build_model, describe_model, load_checkpoint, save_checkpoint
-from .config import AamError, option_name, started
+from .config import AamError, Interrupted, option_name, started
 from .data import Plan, SampleData, all_unifrac
 from .distributed import launched, start_ranks, whole_state
 from .diagnosis import quick_check
@@ -30,7 +30,7 @@ from .metrics import counted_values, distance_scores, reachable_r2
 from .monitor import Meter, Record, read_metrics
 from .layers import RunningStandardise
 from .predictor import Model, prime
-from .run import RunFolder, find_resume, resumed_options, start_messages, write_messages_to
+from .run import RunFolder, StopSignals, find_resume, resumed_options, start_messages, write_messages_to
 from .states import KeptStates
 from .trainer import Training, Validation, compile_model, fit as fit_epochs, pick_precision, train_step
 
@@ -173,8 +173,10 @@ def write_folder(self:Session, inputs:Inputs, split:Split):
     run = self.options['run']
     in_place = self.resumed and self.resumed['path'].parent.parent.resolve() == self.folder.path.resolve()
     if not in_place: self.folder.create(run.overwrite and self.resumed is None)
-    if self.resumed and not in_place:
-        for name in ('checkpoints/best_model.pt', 'metrics.jsonl'): shutil.copy(self.resumed['path'].parent.parent/name, self.folder/name)
+    if in_place: os.replace(self.resumed['path'], self.folder.last) # those after it were passed over
+    elif self.resumed:
+        for name in ('checkpoints/best_model.pt', 'metrics.jsonl'):
+            if (source := self.resumed['path'].parent.parent/name).exists(): shutil.copy(source, self.folder/name)
     write_messages_to(self.folder/'training.log', self.messages)
     for name, ids in dict(train=split.fit, val=split.stop, test=split.test).items():
         if ids: write_ids(ids, self.folder/f'{name}_samples.txt')
@@ -226,6 +228,14 @@ def tell_first_step(self:Session, optimizer):
         log.info(f'first optimizer step {time.perf_counter() - self.started:.1f} s after the start of the command')
         hook.remove()
     hook = optimizer.register_step_post_hook(tell)
+@patch
+def check_best(self:Session, t:Training):
+    "Forgets the best score of a resumed `t` if `best_model.pt` is from another epoch."
+    if t.best is None: return
+    epoch = self.ranks.agree(lambda: load_checkpoint(self.folder.best)['epoch'])
+    if epoch == t.best_epoch: return
+    log.info(f'best_model.pt is of epoch {epoch}, later than the state that is resumed: the best epoch is chosen anew from here on')
+    t.best = None
 
 # %% ../nbs/29_session.ipynb #8f16b6f0
 @patch
@@ -242,15 +252,22 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     t = Training(model, objective, train, stop, options, seed, self.device, rates=rates, ranks=ranks, all_pairs=parallel.all_pairs)
     if self.resumed:
         t.load_state_dict(self.resumed['training'])
-        log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}")
+        log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}, step {t.step}")
+        self.check_best(t)
     self.record = Record(self.folder.path, t.step, t.epoch) if ranks.lead else None
     common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
-    save = lambda state, path: save_checkpoint(state, path) if ranks.lead else None
-    save_best = lambda m, scores: save(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
-    save_last = lambda training: save(dict(common, training=whole_state(training), whole_batch=self.whole_batch), self.folder.last)
+    keep = self.options['run'].keep_checkpoints
+    save = lambda state, path, keep=1: save_checkpoint(state, path, keep) if ranks.lead else None
+    save_best = lambda m, scores: save(dict(common, **describe_model(m), scores=scores, epoch=t.best_epoch), self.folder.best)
+    def save_last(training):
+        if ranks.lead: self.record.flush()
+        save(dict(common, training=whole_state(training), whole_batch=self.whole_batch), self.folder.last, keep)
     self.tell_first_step(t.optimizer)
-    with tf32(options.tf32, self.device):
-        fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)))
+    with tf32(options.tf32, self.device), StopSignals() as signals:
+        try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: ranks.any(signals()), self.options['run'].save_every_steps)
+        except Interrupted:
+            log.info(f'stopped by {signals.received} after step {t.step}, which is saved; the same command with --resume-from auto goes on')
+            raise
     self.step = t.step
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
     ranks.close()
