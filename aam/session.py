@@ -242,6 +242,7 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
         try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: single.any(signals()), self.options['run'].save_every_steps)
         except Interrupted:
             log.info(f'stopped by {signals.received} after step {t.step}, which is saved; the same command with --resume-from auto goes on')
+            single.barrier() # a rank that ended before others have saved might be the end of them
             raise
     self.step = t.step
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
