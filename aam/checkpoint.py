@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, option_name
+from .distributed import full
 from .predictor import Model
 
 # %% ../nbs/24_checkpoint.ipynb #cecd8288
@@ -84,7 +85,7 @@ def describe_model(model:Model) -> dict:
     return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else len(linear.landmarks.rows),
                 head=model.head.to_dict(), quantiles=model.quantiles,
                 categories=model.categories and model.categories.to_dict(), vocabulary=model.vocabulary,
-                weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+                weights={k: full(v.detach()).cpu().clone() for k, v in model.state_dict().items()})
 
 def build_model(state:dict, **memory) -> Model:
     "The model that `state` describes, with its weights."

@@ -93,6 +93,14 @@ class Meter:
         "Adds what `other` has seen."
         self.add(other.sums, other.samples, other.asvs)
 
+    def over_all(self, everywhere):
+        "The same over all processes that train together; `everywhere` sums a tensor over them. Waits for the GPU."
+        import torch
+        values = everywhere(torch.tensor([*[(float(t), float(n)) for t, n in self.sums.values()], (self.samples, self.asvs)], dtype=torch.double))
+        found = Meter()
+        found.sums, (found.samples, found.asvs), found.start = dict(zip(self.sums, values[:-1])), values[-1].tolist(), self.start
+        return found
+
     def means(self) -> dict:
         "Mean losses; waits for the GPU."
         return {name: float(t)/(float(n) or 1.) for name, (t, n) in self.sums.items()}

@@ -35,10 +35,10 @@ class _Plain(logging.Formatter):
     def format(self, record):
         return ('' if record.levelno < logging.WARNING else record.levelname.lower() + ': ') + record.getMessage()
 
-def start_messages() -> logging.handlers.MemoryHandler:
-    "Shows the messages of aam on the terminal and keeps them for `training.log`."
+def start_messages(lead:bool=True) -> logging.handlers.MemoryHandler:
+    "Shows the messages of aam on the terminal and keeps them for `training.log`; a process that is not the `lead` of those that train together says nothing."
     for handler in [*log.handlers]: log.removeHandler(handler); handler.close()
-    log.setLevel(logging.INFO); log.propagate = False
+    log.setLevel(logging.INFO if lead else logging.CRITICAL); log.propagate = False
     terminal, kept = _Terminal(), logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
     terminal.setFormatter(_Plain())
     log.addHandler(terminal); log.addHandler(kept)
@@ -82,7 +82,7 @@ class RunFolder:
 
 # %% ../nbs/27_run.ipynb #74e25ea1
 changeable = {'save_every_steps', 'keep_checkpoints', 'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 'trust_unifrac', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
-              'overwrite', 'device', 'num_workers', 'epochs', 'patience', 'gradient_checkpointing', 'asv_chunk_size', 'preset'}
+              'overwrite', 'device', 'num_workers', 'epochs', 'patience', 'gradient_checkpointing', 'asv_chunk_size', 'preset', 'distributed', 'fsdp', 'data_parallel', 'share_asvs'}
 
 def find_resume(run:RunOptions, kind:str) -> dict|None:
     "The state that `--resume-from` asks for; None for a fresh start."

@@ -17,6 +17,7 @@ from itertools import islice
 
 from .config import AamError, Interrupted, TrainingOptions, precision_names
 from .data import loader, pick_workers
+from .distributed import Ranks, full, single
 from .encoder import BaseEmbedding
 from .fusion import observed
 from .graphs import Graphed, Replay
@@ -24,7 +25,7 @@ from .losses import Objective
 from .monitor import Meter, Record, progress_bar, progress_text
 from .layers import Block, update_statistics
 from .metrics import is_better
-from .optim import AveragedWeights, Schedule, make_optimizer
+from .optim import AveragedWeights, Schedule, like, make_optimizer
 from .predictor import Model
 
 # %% ../nbs/26_trainer.ipynb #ef71beae
@@ -47,7 +48,8 @@ def compile_model(model:nn.Module, **how):
     "Compiles every transformer block of `model`, and the embedding of its bases, in place."
     torch._dynamo.config.recompile_limit = 64 # with and without masks, dropout, gradients, two stacks
     for m in model.modules():
-        if isinstance(m, compiled_parts): m.compile(**how)
+        wide = isinstance(m, Block) and m.out.in_features > 1024
+        if isinstance(m, compiled_parts): m.compile(**dict(options={'triton.multi_kernel': 1}) if wide else {}, **how)
 
 # %% ../nbs/26_trainer.ipynb #e5a72601
 @dataclass
@@ -80,12 +82,15 @@ class Training:
     best_epoch:int=0
     waited:int=0 # epochs since then
     rates:dict=None # other learning rates, by the beginning of parameter names
+    ranks:Ranks=single # the processes that train together
+    all_pairs:bool=False # compare samples with those of other ranks too?
 
     def __post_init__(self):
         self.model.to(self.device); self.objective.to(self.device)
         o = self.options
-        self.precision = pick_precision(o.mixed_precision, self.device)
-        recorded = self.device == 'cuda' and self.precision != 'fp16' and not torch.version.hip # fp16 looks at the gradients before it steps
+        self.precision = pick_precision(o.mixed_precision or ('none' if self.train.ready else None), self.device) # a head alone is small: casting its weights takes longer than its products
+        self.forward = self.ranks.wrap(self.model, self.precision, self.all_pairs)
+        recorded = self.forward is self.model and self.ranks.size == 1 and self.device == 'cuda' and self.precision != 'fp16' and not torch.version.hip # fp16 looks at the gradients before it steps
         self.optimizer = make_optimizer(self.model, o.optimizer, o.lr, o.weight_decay, self.rates, recorded)
         self.share = torch.ones((), device=self.device) # of a batch in its step
         self.gradients = Graphed(partial(gradients, self), self.device) if recorded else lambda batch: gradients(self, batch.to(self.device))
@@ -110,41 +115,45 @@ class Training:
         for k, v in state['counters'].items(): setattr(self, k, v)
         own = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups] # how to compute here, not where the state was saved
         saved = dict(state['optimizer'], param_groups=[group | settings for group, settings in zip(state['optimizer']['param_groups'], own)])
+        params = [p for group in self.optimizer.param_groups for p in group['params']]
+        saved['state'] = {i: {k: like(x, params[i]) if torch.is_tensor(x) and x.shape == params[i].shape else x for k, x in values.items()} for i, values in saved['state'].items()}
+        own_weights = self.model.state_dict()
+        saved = dict(state, optimizer=saved, model={k: like(x, own_weights[k]) for k, x in state['model'].items()})
         for name in self._parts:
-            if name in state: getattr(self, name).load_state_dict(saved if name == 'optimizer' else state[name]) # older files say nothing of `progress`
+            if name in saved: getattr(self, name).load_state_dict(saved[name]) # older files say nothing of `progress`
         for group, settings in zip(self.optimizer.param_groups, own): group.update(settings) # the very tensors of the rates, which a recorded step reads
 
 # %% ../nbs/26_trainer.ipynb #e98708e8
 def gradients(t:Training, batch) -> dict: # sums and counts
     "Adds the gradients of `batch`, weighted by `t.share`."
     with autocast(t.device, t.precision):
-        out = t.model(batch)
+        out = t.forward(batch)
         losses = t.objective.losses(out, batch)
-    total = t.objective.total(losses)
+    total = t.objective.total(t.ranks.over_all(losses))
     t.scaler.scale(total * t.share).backward()
-    found = losses | out.get('monitor', {}) | {'total': (total*len(batch), torch.tensor(len(batch)))}
+    found = losses | out.get('monitor', {}) | {'total': (total*batch.whole, torch.tensor(batch.whole/t.ranks.size))}
     return {name: (value.detach(), count) for name, (value, count) in found.items()}
 
 def update(t:Training) -> torch.Tensor: # norm of the gradients
     "Steps along the gradients and clears them."
     t.scaler.unscale_(t.optimizer)
-    norm = nn.utils.clip_grad_norm_([p for p in t.model.parameters() if p.requires_grad], t.options.max_grad_norm or math.inf)
+    norm = full(nn.utils.clip_grad_norm_([p for p in t.model.parameters() if p.requires_grad], t.options.max_grad_norm or math.inf))
     t.scaler.step(t.optimizer); t.scaler.update()
     t.optimizer.zero_grad(set_to_none=not isinstance(t.update, Replay)) # a recorded step knows where the gradients are
-    update_statistics(t.model)
+    update_statistics(t.model, t.ranks.sum)
     return norm
 
 def train_step(t:Training, batches:list, meter:Meter) -> tuple: # loss, gradient norm
     "One optimizer step over `batches`."
     generator = torch.cuda if t.device == 'cuda' else torch.default_generator # `torch.manual_seed` asks every kind of device, half a millisecond a step
-    generator.manual_seed((t.seed*1_000_003 + t.step) % 2**63)
+    generator.manual_seed((t.seed*1_000_003 + t.step + t.ranks.rank*1_000_000_007) % 2**63)
     t.rate = t.schedule.apply(t.optimizer, t.step)
-    samples, loss = sum(map(len, batches)), 0.
-    for batch in batches:
-        t.share.fill_(len(batch)/samples)
-        found = t.gradients(batch)
+    samples, loss = sum(batch.whole for batch in batches), 0.
+    for i, batch in enumerate(batches, 1):
+        t.share.fill_(t.ranks.size*batch.whole/samples) # ranks are averaged
+        with t.ranks.postponed(t.forward, i < len(batches)): found = t.gradients(batch)
         loss = loss + found['total'][0]/samples
-        meter.add(found, len(batch), batch.asvs_read)
+        meter.add(found, batch.whole/t.ranks.size, batch.asvs_read)
     norm = t.update()
     if t.options.average_decay: t.average.update()
     t.step += 1
@@ -160,30 +169,43 @@ class Validation:
     embeddings:torch.Tensor=None # for UniFrac, (N, K)
 
 @torch.no_grad()
-def validate(model:Model, plan, objective:Objective, device:str='cpu', precision:str='none', workers:int=0, told=lambda: False) -> Validation:
+def validate(
+    model:Model,
+    plan,
+    objective:Objective,
+    device:str='cpu',
+    precision:str='none',
+    workers:int=0, # processes that prepare batches
+    ranks:Ranks=single, # that validate together
+    forward=None, # called in place of `model`
+    told=lambda: False, # asked before each batch whether to stop
+) -> Validation:
     "One pass over `plan` in evaluation mode; raises `Interrupted` if it is `told` to stop."
     training = model.training
     model.eval()
-    sums, ids, found = {}, [], dict(target=[], unifrac_embedding=[])
+    sums, found = {}, dict(target=[], unifrac_embedding=[])
     for batch in loader(plan, workers=workers):
         if told(): raise Interrupted
         batch = batch.to(device)
-        with autocast(device, precision): out = model(batch)
+        with autocast(device, precision): out = (forward or model)(batch)
         for name, (total, count) in objective.losses(out, batch).items():
             t, n = sums.get(name, (0., 0)); sums[name] = t + total, n + count
-        ids += batch.sample_ids
-        for name in found: found[name] += [out[name].float().cpu()] if name in out else []
+        for name in found: found[name] += [ranks.gather(out[name].float())[:batch.whole].cpu()] if name in out else []
     model.train(training)
-    means = {name: float(t)/(float(n) or 1.) for name, (t, n) in sums.items()}
+    both = ranks.sum(torch.tensor([(float(t), float(n)) for t, n in sums.values()], dtype=torch.double)).tolist()
+    means = {name: t/(n or 1.) for name, (t, n) in zip(sums, both)}
     means['total'] = sum(objective.weights[k]*v for k, v in means.items() if k in objective.weights)
+    ids = [plan.data.table.sample_ids[i] for i in plan.order(0)]
     return Validation(means, ids, *[torch.cat(v) if v else None for v in found.values()])
 
 # %% ../nbs/26_trainer.ipynb #42a38b7c
-def check_finite(pending:list):
-    "Raises `AamError` for the first loss that is not a finite number."
-    for step, ids, loss in pending:
-        if not math.isfinite(float(loss)):
-            raise AamError(f"loss is {float(loss)} at step {step}, samples {', '.join(ids)}: lower --lr, or look at these samples; the last good state is in last.pt")
+def check_finite(pending:list, ranks:Ranks=single):
+    "Raises `AamError` for the first loss that is not a finite number, on any rank."
+    losses = torch.tensor([float(loss) for _, _, loss in pending])
+    for (step, ids, own), loss in zip(pending, ranks.sum(losses.clone()).tolist()):
+        if not math.isfinite(loss):
+            ids = ranks.lists([] if math.isfinite(float(own)) else ids)
+            raise AamError(f"loss is {loss} at step {step}, samples {', '.join(filter(None, ids))}: lower --lr, or look at these samples; the last good state is in last.pt")
     pending.clear()
 
 def train_epoch(t:Training,
@@ -205,13 +227,14 @@ def train_epoch(t:Training,
         return group
     def look():
         nonlocal clock
-        check_finite(pending)
-        means = window.means()
-        if record: record.step({**means, 'lr': t.rate, 'grad_norm': float(norm), **window.speed(), **observed(t.model)}, t.step)
+        check_finite(pending, t.ranks)
+        seen = window.over_all(t.ranks.sum)
+        means = seen.means()
+        if record: record.step({**means, 'lr': t.rate, 'grad_norm': float(norm), **seen.speed(), **observed(t.model)}, t.step)
         bar.set_postfix_str(progress_text(mode, means, t.rate))
-        p.meter.merge(window); window.reset()
+        p.meter.merge(seen); window.reset()
         p.seconds, clock = p.seconds + time.perf_counter() - clock, time.perf_counter()
-    with progress_bar(t.steps_per_epoch, f'epoch {epoch + 1}/{t.options.epochs}', -(-p.batches//t.options.gradient_accumulation_steps)) as bar:
+    with progress_bar(t.steps_per_epoch, f'epoch {epoch + 1}/{t.options.epochs}', -(-p.batches//t.options.gradient_accumulation_steps), t.ranks.lead) as bar:
         while group := next_group():
             loss, norm = train_step(t, group, window)
             p.batches += len(group)
@@ -241,8 +264,9 @@ def fit(t:Training,
     "Trains until the epochs or the patience are used up; raises `Interrupted` if it is `told` to stop."
     def judge(epoch):
         with t.average.swapped_in(t.model) if t.options.average_decay else nullcontext():
-            v = validate(t.model, t.stop, t.objective, t.device, t.precision, pick_workers(t.options.num_workers, t.device), told)
-            scores = dict(val_loss=v.means[watch], **{f'val_{k}_loss': x for k, x in v.means.items() if k in (*t.objective.weights, 'total')}, **{f'val_{k}': x for k, x in score(v).items()})
+            v = validate(t.model, t.stop, t.objective, t.device, t.precision, pick_workers(t.options.num_workers, t.device), t.ranks, t.forward, told)
+            losses = {f'val_{k}_loss': x for k, x in v.means.items() if k in (*t.objective.weights, 'total')}
+            with t.ranks.whole(t.model): scores = t.ranks.agree(lambda: dict(val_loss=v.means[watch], **losses, **{f'val_{k}': x for k, x in score(v).items()}))
             value = scores[metric if metric == 'val_loss' else 'val_' + metric]
             better = is_better(metric, value, t.best)
             t.best, t.best_epoch, t.waited = (value, epoch, 0) if better else (t.best, t.best_epoch, t.waited + 1)
