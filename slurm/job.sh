@@ -40,7 +40,9 @@ step() {
         told= status=0
         wait "$srun" || status=$?
     done
-    if [ "$status" = 75 ] && [ -z "$ended" ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    case $status in 75|138) # 138: SIGUSR1 came before there was anything to save
+        if [ -z "$ended" ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    esac
     return "$status"
 }
 
