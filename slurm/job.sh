@@ -21,6 +21,7 @@ prepare() {
         set -u
     fi
     export PATH="${AAM_ENV:-$HOME/envs/aam}/bin:$PATH" MPLBACKEND=agg
+    export SLURM_KILL_BAD_EXIT=1 # a task that fails ends the others
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export TMPDIR=${TMPDIR:-/tmp}/aam-${SLURM_JOB_ID:-$$} # compiled kernels and temporary files stay on the node
     mkdir -p "$TMPDIR"
