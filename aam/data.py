@@ -435,6 +435,7 @@ class Plan:
         batch = make_batch(self.data, samples, self.views, self.nucleotides, epoch, epoch*len(self) + k, self.training)
         return batch if self.deal is None else take_part(batch, self.deal)
 
+
 # %% ../nbs/06_data.ipynb #e5a70604
 def obey_parent(worker:int):
     "Lets nobody but its parent end this process by SIGTERM, and nobody by SIGUSR1."

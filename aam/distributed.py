@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'single', 'all_gather_rows', 'reduce_scatter_rows', 'sync_buffers', 'strategies', 'strategy_options',
-           'launched', 'first_host', 'meeting_point', 'Ranks', 'Group', 'replicate', 'shard', 'full', 'whole_state',
-           'start_ranks', 'meet']
+           'launched', 'first_host', 'meeting_point', 'Ranks', 'Group', 'replicate', 'shard', 'full', 'Spread',
+           'Replicas', 'start_ranks', 'meet']
 
 # %% ../nbs/23_distributed.ipynb #d1570004
 import inspect, logging, os, re, warnings
@@ -13,17 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from .config import AamError
 from .data import Deal
-from .layers import Block
+from .layers import Block, running_statistics
 from .predictor import Model
 
 log = logging.getLogger('aam')
@@ -168,9 +167,50 @@ def full(x:Tensor) -> Tensor:
     "`x` with all its shards; all ranks ask at once."
     return x.full_tensor() if isinstance(x, DTensor) else x
 
-def whole_state(state):
-    "A nested `state` with all shards of its tensors, on the CPU."
-    return tree_map_only(DTensor, lambda x: x.full_tensor().cpu(), state)
+# %% ../nbs/23_distributed.ipynb #d1570029
+class _Copy(nn.Module):
+    "What runs on each GPU: the model, whose notes for its statistics come back with the outputs."
+    def __init__(self, model:Model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch) -> dict:
+        found = running_statistics(self.model)
+        before = [m.pending for m in found]
+        for m in found: m.pending = torch.zeros_like(m.pending)
+        out = self.model(batch)
+        out.pop('unifrac', None) # of this part's samples among each other
+        out |= {f'pending{i}': m.pending[None] for i, m in enumerate(found)}
+        for m, noted in zip(found, before): m.pending = noted
+        return out
+
+class Spread(nn.DataParallel):
+    "A model whose batches are spread over the GPUs of this machine."
+    def __init__(self, model:Model): super().__init__(_Copy(model))
+
+    def scatter(self, inputs, kwargs, device_ids):
+        parts = [part if part.states is None else replace(part, states=part.states.open()) for part in inputs[0].split(len(device_ids))]
+        return [(part.to(f'cuda:{device}'),) for part, device in zip(parts, device_ids)], [{} for _ in parts]
+
+    def replicate(self, module, device_ids):
+        replicas = super().replicate(module, device_ids)
+        for m in (m for copy in replicas for m in copy.modules()):
+            if m._compiled_call_impl is not None: m.compile() # or it would run the weights of the original
+        return replicas
+
+    def forward(self, batch) -> dict: return self.finish(super().forward(batch), batch)
+
+    def finish(self, out:dict, batch) -> dict: # outputs of the parts, one after the other
+        "What the whole model says of `batch`."
+        model = self.module.model
+        for i, m in enumerate(running_statistics(model)): m.pending += out.pop(f'pending{i}').sum(0)
+        out = {name: x[:len(batch.nuc_truth) if name == 'nuc' else len(batch)] for name, x in out.items()} # what filled up the last parts
+        if 'unifrac_embedding' in out: out['unifrac'] = model.heads['unifrac'].predicted(out['unifrac_embedding'])
+        return out
+
+class Replicas(Ranks):
+    "One process that drives all GPUs of this machine."
+    def wrap(self, model, precision='none', all_pairs=False): return Spread(model)
 
 # %% ../nbs/23_distributed.ipynb #d1570031
 strategy_options = {'distributed': '--distributed', 'fsdp': '--fsdp', 'data-parallel': '--data-parallel'}
@@ -185,6 +225,8 @@ def start_ranks(
     if strategy in ('distributed', 'fsdp'):
         if size > 1: return meet(rank, size, local_rank, device, strategy)
         log.info(f'{option}: one process was started, which trains by itself (torchrun --nproc_per_node=N -m aam.cli ... starts N, and so does srun --ntasks=N)')
+    elif strategy and device == 'cuda' and size == 1 and torch.cuda.device_count() > 1: return Replicas(device=device, strategy=strategy)
+    elif strategy and size == 1: log.info(f'{option}: there is one GPU at most, and nothing to spread')
     elif size > 1:
         raise AamError(f"started with {size} processes{f' and {option}, which needs one' if option else ''}: add --distributed or --fsdp, or start one process")
     return Ranks(device=device)

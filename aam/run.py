@@ -90,7 +90,7 @@ def find_resume(run:RunOptions, kind:str) -> dict|None:
     from aam.checkpoint import load_checkpoint # here, because it loads PyTorch, which the messages of aam unifrac do without
     auto = str(run.resume_from) == 'auto'
     path = Path(run.output_dir) if auto else run.resume_from
-    if auto or path.is_dir(): state = newest_state(path, kind)
+    if auto or path.is_dir() and path.suffix != '.dcp': state = newest_state(path, kind)
     else: state = load_checkpoint(path, kinds=(kind,), part='training') | dict(path=path)
     if state is None:
         if not auto: raise AamError(f'--resume-from {path}: holds no intact last.pt; give the folder of a run, or start a new one')
@@ -104,7 +104,8 @@ def find_resume(run:RunOptions, kind:str) -> dict|None:
 def newest_state(folder:Path, kind:str) -> dict|None:
     "The newest state of training in `folder` that is intact; None where there is none."
     from aam.checkpoint import DamagedCheckpoint, kept_checkpoints, load_checkpoint
-    for path in kept_checkpoints(RunFolder(folder).last):
+    last = RunFolder(folder).last
+    for path in [*kept_checkpoints(last), *kept_checkpoints(last.with_suffix('.dcp'))]: # in shards, if the run was under --fsdp
         try: return load_checkpoint(path, kinds=(kind,), part='training') | dict(path=path)
         except DamagedCheckpoint: log.warning(f'{path}: damaged, passed over')
 

@@ -17,10 +17,10 @@ from dataclasses import replace
 from fastcore.basics import patch
 
 from .blocks import find_device
-from .checkpoint import build_model, describe_model, load_checkpoint, save_checkpoint
+from .checkpoint import ShardWriter, build_model, describe_model, load_checkpoint, put_in_place, save_checkpoint
 from .config import AamError, Interrupted, option_name, started
 from .data import Plan, SampleData, all_unifrac
-from .distributed import launched, start_ranks, whole_state
+from .distributed import launched, start_ranks
 from .diagnosis import quick_check
 from .figures import loss_curves, save_figure
 from .inputs import Inputs, read_split
@@ -138,6 +138,7 @@ class Session:
         self.device = pick_device(options['training'].device)
         self.ranks = start_ranks(options['parallel'].strategy, self.device)
         self.folder = RunFolder(run.output_dir)
+        if self.ranks.strategy == 'fsdp': self.folder.last = self.folder.last.with_suffix('.dcp') # in shards
         self.folder.check(run)
         self.resumed = find_resume(run, kind)
         if self.resumed:
@@ -173,7 +174,7 @@ def write_folder(self:Session, inputs:Inputs, split:Split):
     run = self.options['run']
     in_place = self.resumed and self.resumed['path'].parent.parent.resolve() == self.folder.path.resolve()
     if not in_place: self.folder.create(run.overwrite and self.resumed is None)
-    if in_place: os.replace(self.resumed['path'], self.folder.last) # those after it were passed over
+    if in_place: put_in_place(self.resumed['path'], self.folder.last.with_suffix(self.resumed['path'].suffix)) # those after it were passed over
     elif self.resumed:
         for name in ('checkpoints/best_model.pt', 'metrics.jsonl'):
             if (source := self.resumed['path'].parent.parent/name).exists(): shutil.copy(source, self.folder/name)
@@ -215,10 +216,11 @@ def deal(self:Session, train, stop):
     ranks, parallel = self.ranks, self.options['parallel']
     deal = ranks.deal(parallel.share_asvs != 'off', parallel.all_pairs)
     for plan in train, stop: plan.spread(deal)
+    if ranks.strategy == 'data-parallel': log.info(f'{torch.cuda.device_count()} GPUs (--data-parallel): {train.batch_size} samples in a batch, spread over them')
     if deal is None: return
     how = 'each distinct ASV is encoded once' if deal.shared else 'each rank encodes the ASVs of its samples'
     pairs = 'UniFrac compares the samples of all ranks' if deal.all_pairs else 'UniFrac compares the samples of a rank'
-    log.info(f"{ranks.size} ranks ({option_name(ranks.strategy)}): {train.batch_size} samples in a batch, {-(-train.batch_size//ranks.size)} on each rank; {how}; {pairs}")
+    log.info(f"{ranks.size} ranks ({option_name(ranks.strategy)}), --batch-size is that of one: {train.batch_size} samples in a batch, {-(-train.batch_size//ranks.size)} on each rank; {how}; {pairs}")
 
 @patch
 def tell_first_step(self:Session, optimizer):
@@ -232,7 +234,7 @@ def tell_first_step(self:Session, optimizer):
 def check_best(self:Session, t:Training):
     "Forgets the best score of a resumed `t` if `best_model.pt` is from another epoch."
     if t.best is None: return
-    epoch = load_checkpoint(self.folder.best)['epoch']
+    epoch = self.ranks.agree(lambda: load_checkpoint(self.folder.best)['epoch'])
     if epoch == t.best_epoch: return
     log.info(f'best_model.pt is of epoch {epoch}, later than the state that is resumed: the best epoch is chosen anew from here on')
     t.best = None
@@ -256,19 +258,25 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
         self.check_best(t)
     self.record = Record(self.folder.path, t.step, t.epoch) if ranks.lead else None
     common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
+    keep = self.options['run'].keep_checkpoints
     save = lambda state, path, keep=1: save_checkpoint(state, path, keep) if ranks.lead else None
+    shards = ShardWriter(ranks) if ranks.strategy == 'fsdp' else None
     save_best = lambda m, scores: save(dict(common, **describe_model(m), scores=scores, epoch=t.best_epoch), self.folder.best)
     def save_last(training):
-        if self.record: self.record.flush()
-        save(dict(common, training=whole_state(training), whole_batch=self.whole_batch), self.folder.last, self.options['run'].keep_checkpoints)
+        if ranks.lead: self.record.flush()
+        state = dict(common, training=training, whole_batch=self.whole_batch)
+        if shards: shards.save(state, self.folder.last, keep)
+        else: save(state, self.folder.last, keep)
     self.tell_first_step(t.optimizer)
     with tf32(options.tf32, self.device), StopSignals() as signals:
         try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: ranks.any(signals()), self.options['run'].save_every_steps)
         except Interrupted:
-            log.info(f"stopped by {signals.received or 'a signal to another rank'} after step {t.step}, which is saved; the same command with --resume-from auto goes on")
+            if shards: shards.finish()
+            log.info(f'stopped by {signals.received or "a signal to another rank"} after step {t.step}, which is saved; the same command with --resume-from auto goes on')
             ranks.barrier() # a rank that ended before the lead has saved might be the end of it
             ranks.close()
             raise
+    if shards: shards.finish()
     self.step = t.step
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
     ranks.close()
