@@ -20,7 +20,7 @@ from .data import loader, pick_workers
 from .distributed import Ranks, full, single
 from .encoder import BaseEmbedding
 from .fusion import observed
-from .graphs import Graphed, Replay
+from .graphs import Graphed, Replay, leaves_room
 from .losses import Objective
 from .monitor import Meter, Record, progress_bar, progress_text
 from .layers import Block, update_statistics
@@ -139,7 +139,8 @@ def update(t:Training) -> torch.Tensor: # norm of the gradients
     t.scaler.unscale_(t.optimizer)
     norm = full(nn.utils.clip_grad_norm_([p for p in t.model.parameters() if p.requires_grad], t.options.max_grad_norm or math.inf))
     t.scaler.step(t.optimizer); t.scaler.update()
-    t.optimizer.zero_grad(set_to_none=not isinstance(t.update, Replay)) # a recorded step knows where the gradients are
+    recorded = isinstance(t.update, Replay) and (leaves_room() or t.update.graph or t.gradients.recorded)
+    t.optimizer.zero_grad(set_to_none=not recorded) # a recorded step knows where the gradients are; otherwise, adding to zeros would be another pass over them
     update_statistics(t.model, t.ranks.sum)
     return norm
 
