@@ -248,3 +248,17 @@ def test_states_kept(aam, survey, tmp_path):
     kept = [state(tmp_path/'run', name) for name in ('last.pt', 'last-1.pt', 'last-2.pt')]
     steps = kept[0]['counters']['step']//2
     assert [(k['counters']['epoch'], k['counters']['step'], k['progress']['batches']) for k in kept] == [(2, 2*steps, 0), (1, (2*steps - 1)//4*4, (2*steps - 1)//4*4 - steps), (1, (2*steps - 1)//4*4 - 4, (2*steps - 1)//4*4 - 4 - steps)]
+
+
+def test_earlier_state(aam, survey, undisturbed, tmp_path):
+    "Going back on purpose: the best model, from later than that, does not count, and without epochs to come there would be none."
+    whole, folder = undisturbed('pretrain', '--keep-checkpoints', epochs), tmp_path/'run'
+    best = load_checkpoint(whole/'checkpoints'/'best_model.pt')['epoch']
+    earlier = whole/'checkpoints'/f'last-{epochs - best + 1}.pt'
+    assert best > 1 and load_checkpoint(earlier, part='training')['training']['counters']['epoch'] == best - 1
+    words = command(aam, survey, 'pretrain', folder, '--resume-from', earlier)
+    refused = aam(*words, '--epochs', best - 1, fails=True)
+    assert refused.returncode == 2 and f'is of epoch {best}, later than the state that is resumed' in refused.err
+    shutil.rmtree(folder)
+    assert f'best_model.pt is of epoch {best}' in aam(*words).err
+    expect_equal(folder, whole)
