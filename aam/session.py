@@ -237,6 +237,8 @@ def check_best(self:Session, t:Training):
     if t.best is None: return
     epoch = self.ranks.agree(lambda: load_checkpoint(self.folder.best)['epoch'])
     if epoch == t.best_epoch: return
+    if t.epoch >= t.options.epochs or t.waited >= t.options.patience:
+        raise AamError(f'{self.folder.best}: is of epoch {epoch}, later than the state that is resumed, which has no epochs left to train; resume from a later one, or give more --epochs')
     log.info(f'best_model.pt is of epoch {epoch}, later than the state that is resumed: the best epoch is chosen anew from here on')
     t.best = None
 
