@@ -201,7 +201,15 @@ def figure(self:Session, name:str, figure):
 # %% ../nbs/29_session.ipynb #279da2cd
 @patch
 def choose_batch_size(self:Session, model:Model, objective, train, stop):
-    "What `--auto-batch-size` asks for; a resumed run keeps its batch size."
+    "The samples of a step: `--batch-size` of each rank, or what `--auto-batch-size` asks for; a resumed run keeps them, on any number of ranks."
+    self.measure_batch_size(model, objective, train)
+    size = self.options['training'].batch_size
+    self.whole_batch = self.resumed.get('whole_batch', size) if self.resumed else size*self.ranks.size
+    for plan in train, stop: plan.batch_size = self.whole_batch
+
+@patch
+def measure_batch_size(self:Session, model:Model, objective, train):
+    "Replaces `--batch-size` by what fits, if `--auto-batch-size` asks for it."
     options = self.options['training']
     if not options.auto_batch_size or self.resumed: return
     if self.device != 'cuda': return log.info(f'--auto-batch-size: there is no GPU memory to measure; --batch-size {options.batch_size} is kept')
@@ -244,32 +252,37 @@ def check_best(self:Session, t:Training):
 
 # %% ../nbs/29_session.ipynb #8f16b6f0
 @patch
+def savers(self:Session, t:Training) -> tuple: # function of a model and its scores, function of the state of training, `ShardWriter` or None
+    "What saves the best model and the last state: the lead rank, or, in shards, all of them."
+    common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
+    keep, lead = self.options['run'].keep_checkpoints, self.ranks.lead
+    shards = ShardWriter(self.ranks) if self.ranks.strategy == 'fsdp' else None
+    def save_best(model, scores):
+        state = dict(common, **describe_model(model), scores=scores, epoch=t.best_epoch)
+        if lead: save_checkpoint(state, self.folder.best)
+    def save_last(training):
+        state = dict(common, training=training, whole_batch=self.whole_batch)
+        if lead: self.record.flush()
+        if shards: shards.save(state, self.folder.last, keep)
+        elif lead: save_checkpoint(state, self.folder.last, keep)
+    return save_best, save_last, shards
+
+@patch
 def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False, rates:dict=None) -> Training:
     "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in the model of what it returns, on the lead rank. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
     options, seed = self.options['training'], self.options['run'].seed
     ranks, parallel = self.ranks, self.options['parallel']
     self.choose_batch_size(model, objective, train, stop)
-    self.whole_batch = self.resumed.get('whole_batch', options.batch_size) if self.resumed else options.batch_size*ranks.size
-    for plan in train, stop: plan.batch_size = self.whole_batch
     if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
     self.deal(train, stop)
     if self.compiled: compile_model(model)
     t = Training(model, objective, train, stop, options, seed, self.device, rates=rates, ranks=ranks, all_pairs=parallel.all_pairs)
     if self.resumed:
-        t.load_state_dict(self.resumed['training'])
+        t.load_state_dict(self.resumed.pop('training')) # which may be large
         log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}, step {t.step}")
         self.check_best(t)
     self.record = Record(self.folder.path, t.step, t.epoch) if ranks.lead else None
-    common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
-    keep = self.options['run'].keep_checkpoints
-    save = lambda state, path, keep=1: save_checkpoint(state, path, keep) if ranks.lead else None
-    shards = ShardWriter(ranks) if ranks.strategy == 'fsdp' else None
-    save_best = lambda m, scores: save(dict(common, **describe_model(m), scores=scores, epoch=t.best_epoch), self.folder.best)
-    def save_last(training):
-        if ranks.lead: self.record.flush()
-        state = dict(common, training=training, whole_batch=self.whole_batch)
-        if shards: shards.save(state, self.folder.last, keep)
-        else: save(state, self.folder.last, keep)
+    save_best, save_last, shards = self.savers(t)
     self.tell_first_step(t.optimizer)
     with tf32(options.tf32, self.device), StopSignals() as signals:
         try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: ranks.any(signals()), self.options['run'].save_every_steps)
@@ -286,10 +299,15 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     for plan in train, stop: plan.spread(None)
     if not ranks.lead: return t
     log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")
+    return self.take_best(t)
+
+@patch
+def take_best(self:Session, t:Training) -> Training:
+    "Gives `t` the best model, and draws the curves."
     if load_checkpoint(self.folder.best).get('refit'): os.replace(self.folder.before_refit, self.folder.best) # a finished run is resumed, and no epoch since was better
     best = load_checkpoint(self.folder.best)
-    if ranks.size > 1: t.model = build_model(best, chunk_size=options.asv_chunk_size).to(self.device) # that of the ranks may be in shards
-    else: model.load_state_dict(best['weights'])
+    if self.ranks.size > 1: t.model = build_model(best, chunk_size=t.options.asv_chunk_size).to(self.device) # that of the ranks may be in shards
+    else: t.model.load_state_dict(best['weights'])
     titles = {'unifrac': "Faith's PD loss"} if self.options['encoder'].unifrac_metric == 'faith_pd' else {}
     self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch, titles))
     return t
