@@ -273,6 +273,8 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
         except Interrupted:
             if shards: shards.finish()
             log.info(f'stopped by {signals.received or "a signal to another rank"} after step {t.step}, which is saved; the same command with --resume-from auto goes on')
+            ranks.barrier() # a rank that ended before the lead has saved might be the end of it
+            ranks.close()
             raise
     if shards: shards.finish()
     self.step = t.step

@@ -179,7 +179,7 @@ def validate(
     workers:int=0, # processes that prepare batches
     ranks:Ranks=single, # that validate together
     forward=None, # called in place of `model`
-    told=lambda: False, # asked after each batch whether to stop
+    told=lambda: False, # asked before each batch whether to stop
 ) -> Validation:
     "One pass over `plan` in evaluation mode; raises `Interrupted` if it is `told` to stop."
     training = model.training
