@@ -6,7 +6,8 @@
 __all__ = ['Batch', 'Draw', 'stack_rows', 'hide_asvs', 'distinct_rows', 'kmers_of_tokens', 'SampleData', 'view_draw',
            'limit_asvs', 'draw_views', 'draws_to_csr', 'true_unifrac', 'nucleotide_task', 'compact', 'make_batch',
            'candidate_tensors', 'group_rows', 'token_tensors', 'Deal', 'pieces', 'asv_use', 'needed_rows', 'lay_out',
-           'part_tokens', 'part_samples', 'take_part', 'Plan', 'obey_parent', 'pick_workers', 'loader', 'all_unifrac']
+           'part_tokens', 'masked_copies', 'part_samples', 'take_part', 'Plan', 'obey_parent', 'pick_workers', 'loader',
+           'all_unifrac']
 
 # %% ../nbs/06_data.ipynb #690102b3
 import os, signal, threading
@@ -315,12 +316,17 @@ def asv_use(batch:Batch, parts:int) -> tuple: # (parts, U) each
 # %% ../nbs/06_data.ipynb #d1570605
 def needed_rows(batch:Batch, held:torch.Tensor, deal:Deal) -> torch.Tensor: # (parts, U) -> (parts, T)
     "The token rows of each part."
-    copied = torch.cat([torch.arange(n, device=held.device) < copies for n, copies, _ in batch.groups])
-    needed, copies = torch.zeros(deal.parts, len(copied), dtype=torch.bool, device=held.device), copied.nonzero()[:, 0]
-    for p, (own, masked) in enumerate(zip(pieces((~copied).nonzero()[:, 0], deal.parts), pieces(copies, deal.parts))):
-        needed[p, own if deal.shared else batch.token_row[held[p]]] = True
-        needed[p, masked if len(masked) else copies[:1]] = True
-        needed[p, 0] |= ~needed[p].any()
+    needed, copies, start = torch.zeros(deal.parts, len(batch.tokens), dtype=torch.bool, device=held.device), [], 0
+    for n, masked, _ in batch.groups:
+        rows = start + torch.arange(n, device=held.device)
+        for dealt in (rows[:masked], rows[masked:]) if deal.shared else (rows[:masked],):
+            for p, own in enumerate(pieces(dealt, deal.parts)): needed[p, own] = True
+        copies.append(rows[:masked]); start += n
+    copies = torch.cat(copies)
+    for own, asvs in zip(needed, held):
+        if not own[copies].any(): own[copies[:1]] = True # the head of the nucleotide task has something to read in every part
+        if not deal.shared: own[batch.token_row[asvs]] = True
+        own[0] |= ~own.any()
     return needed
 
 def lay_out(batch:Batch, needed:torch.Tensor, part:int) -> tuple: # groups of the part, its rows (n,), the place of each row in each part (parts, T), and among the part's masked copies (T,)
@@ -345,19 +351,21 @@ def part_tokens(batch:Batch, held:torch.Tensor, deal:Deal) -> tuple: # fields of
     found, where = dict(groups=groups, tokens=batch.tokens[rows], shared=deal.shared), place[deal.part]
     if deal.shared: where = (place + torch.arange(deal.parts, device=rows.device)[:, None]*len(rows)).gather(0, needed.long().argmax(0)[None])[0]
     if batch.nuc_positions is None: return found, where
-    L, copies = batch.tokens.shape[1], torch.cat([s + torch.arange(m, device=rows.device) for s, m in _copies(batch.groups)])
-    masked, size = batch.nuc_positions // L, -(-len(copies)//deal.parts)
-    own = masked // max(size, 1) == deal.part
+    L, copies, owner = batch.tokens.shape[1], *masked_copies(batch.groups, deal.parts, rows.device)
+    masked = batch.nuc_positions // L
+    own = owner[masked] == deal.part
     positions, truth = copy[copies[masked[own]]]*L + batch.nuc_positions[own] % L, batch.nuc_truth[own]
     if not len(truth): positions, truth = positions.new_zeros(1), truth.new_full((1,), -100)
     return found | dict(nuc_positions=positions, nuc_truth=truth), where
 
-def _copies(groups):
-    "Where the masked copies of each group start, and how many they are."
-    start = 0
+def masked_copies(groups, parts:int, device='cpu') -> tuple: # (M,) each
+    "The token row of each masked copy, and the part whose bases it asks about."
+    rows, owner, start = [], [], 0
     for n, copies, _ in groups:
-        yield start, copies
+        number = torch.arange(copies, device=device)
+        rows.append(start + number); owner.append(number // max(-(-copies//parts), 1))
         start += n
+    return torch.cat(rows), torch.cat(owner)
 
 # %% ../nbs/06_data.ipynb #d1570607
 def part_samples(batch:Batch, deal:Deal) -> tuple: # fields of the part, its samples (n,), which of them are real (n,)

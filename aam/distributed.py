@@ -111,7 +111,9 @@ class Group(Ranks):
     def any(self, flag): return bool(self.sum(torch.tensor(float(flag)))) # between CPUs, so that no GPU is waited for
     def gather(self, x): return _Gather.apply(x)
     def barrier(self): self.any(False)
-    def close(self): dist.destroy_process_group()
+    def close(self):
+        self.barrier() # nobody waits for one that is gone
+        dist.destroy_process_group()
 
     def lists(self, x):
         found = [None]*self.size
@@ -180,6 +182,7 @@ class _Copy(nn.Module):
         for m in found: m.pending = torch.zeros_like(m.pending)
         out = self.model(batch)
         out.pop('unifrac', None) # of this part's samples among each other
+        if batch.nuc_truth is not None: out['nuc_truth'] = batch.nuc_truth
         out |= {f'pending{i}': m.pending[None] for i, m in enumerate(found)}
         for m, noted in zip(found, before): m.pending = noted
         return out
@@ -204,7 +207,8 @@ class Spread(nn.DataParallel):
         "What the whole model says of `batch`."
         model = self.module.model
         for i, m in enumerate(running_statistics(model)): m.pending += out.pop(f'pending{i}').sum(0)
-        out = {name: x[:len(batch.nuc_truth) if name == 'nuc' else len(batch)] for name, x in out.items()} # what filled up the last parts
+        if 'nuc_truth' in out: batch.nuc_truth = out.pop('nuc_truth') # in the order of the parts
+        out = {name: x if name == 'nuc' else x[:len(batch)] for name, x in out.items()} # without what filled up the last parts
         if 'unifrac_embedding' in out: out['unifrac'] = model.heads['unifrac'].predicted(out['unifrac_embedding'])
         return out
 

@@ -175,6 +175,10 @@ class DistanceHead(nn.Module):
         "What is learnt of rows, from what `embed` gives of them: distances to `others`, or among each other."
         return self.distance(b, b if others is None else others)
 
+    def _load_from_state_dict(self, state, prefix, *how):
+        if f'{prefix}scale' in state: state[f'{prefix}scale'] = state[f'{prefix}scale'].reshape(1) # in older files a number
+        super()._load_from_state_dict(state, prefix, *how)
+
 class UnionHead(DistanceHead):
     "Distances as in unweighted UniFrac, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):
@@ -239,7 +243,7 @@ class MovedHead(ShareHead):
     "Distances as in weighted UniFrac that is not normalised, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):
         super().__init__(options, asv_width)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def distance(self, a:Tensor, b:Tensor) -> Tensor: # (R, K), (Q, K) -> (R, Q)
         "Distances between samples on branches, in units of branch length."
@@ -274,7 +278,7 @@ class DiversityHead(UnionHead):
     "Faith's phylogenetic diversity, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):
         super().__init__(options, asv_width)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def predicted(self, b:Tensor, others:Tensor=None) -> Tensor: # (R, K) -> (R,)
         "Diversity of rows, in units of branch length; there is nothing to compare with `others`."
@@ -295,7 +299,7 @@ class EuclidHead(DistanceHead):
         super().__init__()
         D = options.embedding_dim
         self.pool, self.out = AttentionPool(D), nn.Linear(D, D)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def embed(self, encoded:Encoded, rows:slice=slice(None)) -> Tensor: # (R, D)
         return self.out(self.pool(encoded.states[rows], encoded.mask[rows])).float()

@@ -116,7 +116,7 @@ class Training:
         own = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups] # how to compute here, not where the state was saved
         saved = dict(state['optimizer'], param_groups=[group | settings for group, settings in zip(state['optimizer']['param_groups'], own)])
         params = [p for group in self.optimizer.param_groups for p in group['params']]
-        saved['state'] = {i: {k: like(x, params[i]) if torch.is_tensor(x) and x.shape == params[i].shape else x for k, x in values.items()} for i, values in saved['state'].items()}
+        saved['state'] = {i: {k: like(x.reshape(params[i].shape), params[i]) if k != 'step' and torch.is_tensor(x) else x for k, x in values.items()} for i, values in saved['state'].items()}
         own_weights = self.model.state_dict()
         saved = dict(state, optimizer=saved, model={k: like(x, own_weights[k]) for k, x in state['model'].items()})
         for name in self._parts:
