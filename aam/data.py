@@ -486,7 +486,7 @@ class _Ahead:
 
 def pick_workers(asked:int|None, device:str) -> int:
     "Processes that prepare batches: as asked, else up to four beside a GPU and none beside a CPU."
-    return asked if asked is not None else 0 if device == 'cpu' else min(4, len(os.sched_getaffinity(0)) - 1)
+    return asked if asked is not None else 0 if device == 'cpu' else min(4, max(0, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1)) # which torchrun says, whose ranks share the cores
 
 def loader(plan:Plan, epoch:int=0, workers:int=0, pin:bool=False, start:int=0) -> Iterable[Batch]:
     "The batches of `epoch`, from batch `start` on, prepared by `workers` processes, which live on for the next epoch."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .config import AamError, Options, RunOptions, option_name
+from .config import AamError, Interrupted, Options, RunOptions, option_name
 
 log = logging.getLogger('aam')
 
@@ -132,6 +132,6 @@ class StopSignals:
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)} if main else {}
         return self
 
-    def __exit__(self, *_):
-        if self(): return # on the way out, and not to be hurried
-        for s, handler in self.before.items(): signal.signal(s, handler)
+    def __exit__(self, kind, *_):
+        ending = kind is Interrupted # on the way out, and not to be hurried
+        for s, handler in self.before.items(): signal.signal(s, signal.SIG_IGN if ending else handler)

@@ -28,22 +28,23 @@ prepare() {
     trap 'rm -rf "$TMPDIR"' EXIT
 }
 
-# Runs a command as a job step. aam saves its state at SIGUSR1 and SIGTERM and ends with 75. SIGUSR1 comes before the time limit, as the headers ask:
+# Runs a command as a job step. At SIGUSR1 and SIGTERM aam saves its state and ends with status 75. SIGUSR1 comes before the time limit, as the headers ask:
 # the job then goes back into the queue. SIGTERM comes when SLURM takes the job away: SLURM itself requeues what is pre-empted, and what scancel ended stays ended.
 step() {
-    local told= ended= status=0 srun
+    local asked= ended= again=1 status srun
     srun "$@" &
     srun=$!
-    trap 'told=1; kill -USR1 "$srun" || true' USR1 # which srun hands on to every task
-    trap 'told=1 ended=1' TERM
-    wait "$srun" || status=$?
-    while [ -n "$told" ]; do # a trap cuts wait short
-        told= status=0
+    trap 'asked=1 again=1; kill -USR1 "$srun" || true' USR1 # which srun hands on to every task
+    trap 'ended=1 again=1' TERM
+    while [ -n "$again" ]; do # a trap cuts wait short
+        again= status=0
         wait "$srun" || status=$?
     done
-    case $status in 75|138) # 138: SIGUSR1 came before there was anything to save
-        if [ -z "$ended" ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    case $status in
+        75 | 138) asked=1 ;; # 138: SIGUSR1 came before there was anything to save
+        0) asked= ;;
     esac
+    if [ -n "$asked" ] && [ -z "$ended" ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
     return "$status"
 }
 

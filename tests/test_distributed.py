@@ -2,6 +2,7 @@
 
 `torchrun tests/test_distributed.py RESULTS` compares ranks with one process and writes what it found; tests read it. The others run the real commands."""
 import json
+import logging
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ cases = { # tasks, strategy, shared ASVs, all pairs, more
     'frozen, FSDP': (('target',), 'fsdp', True, True, dict(frozen=True)),
 }
 samples, asvs = 13, 40
+device = os.environ.get('AAM_TEST_DEVICE', 'cpu')
 
 
 def sample_data(metric='unweighted', mask_in_place=False):
@@ -63,10 +65,10 @@ def make_training(ranks, tasks, shared, all_pairs, batch_size=4, unifrac_metric=
     model = Model(EncoderOptions(embedding_dim=16, attention_layers=1, kmer_dim=8, dropout=0., unifrac_branches=16, unifrac_metric=unifrac_metric), tasks, outputs=1, checkpointing=True, chunk_size=4)
     plan = Plan(data, list(range(samples)), tuple(v for v in ('target', 'count', 'unifrac') if v in tasks), 'nuc' in tasks, batch_size, training=True)
     stop = replace(plan, training=False)
-    if frozen: plan, stop = (KeptStates(p, model.freeze_base()) for p in (plan, stop))
-    prime(model, plan.batch(0, 0))
+    if frozen: plan, stop = (KeptStates(p, model.to(device).freeze_base(), device) for p in (plan, stop))
+    prime(model.to(device), plan.batch(0, 0).to(device))
     for p in plan, stop: p.spread(ranks.deal(shared, all_pairs))
-    return Training(model, Objective({t: 1. for t in tasks}, target_deviation=torch.tensor(data.target.std(0))), plan, stop, TrainingOptions(epochs=2, lr=1e-3, max_grad_norm=.5, **options), ranks=ranks, all_pairs=all_pairs)
+    return Training(model, Objective({t: 1. for t in tasks}, target_deviation=torch.tensor(data.target.std(0))), plan, stop, TrainingOptions(epochs=2, lr=1e-3, max_grad_norm=.5, mixed_precision='none', **options), device=device, ranks=ranks, all_pairs=all_pairs)
 
 
 def follow(t):
@@ -80,7 +82,7 @@ def follow(t):
         handle.remove()
         found.append((meter.over_all(t.ranks.sum).means(), held))
     statistics = {k: v.clone() for k, v in t.model.named_buffers() if 'standardise' in k}
-    return found, statistics, validate(t.model, t.stop, t.objective, ranks=t.ranks, forward=t.forward)
+    return found, statistics, validate(t.model, t.stop, t.objective, device, ranks=t.ranks, forward=t.forward)
 
 
 def own_pairs_alone(t, size):
@@ -114,11 +116,12 @@ def differences(one, many):
 def compare(path):
     "What each case gives on these ranks and in one process."
     torch.set_num_threads(1)
-    there, results = start_ranks('distributed', 'cpu'), {}
+    torch.backends.cudnn.allow_tf32 = False
+    there, results = start_ranks('distributed', device), {}
     for name, (tasks, strategy, shared, all_pairs, more) in cases.items():
         one = make_training(single, tasks, False, True, **more)
         if not all_pairs: one = own_pairs_alone(one, there.size)
-        results[name] = differences(follow(one), follow(make_training(Group(there.rank, there.size, there.local_rank, 'cpu', strategy), tasks, shared, all_pairs, **more)))
+        results[name] = differences(follow(one), follow(make_training(Group(there.rank, there.size, there.local_rank, device, strategy), tasks, shared, all_pairs, **more)))
     if there.lead: Path(path).write_text(json.dumps(results))
     there.close()
 
@@ -141,8 +144,8 @@ def finish(process):
     return said
 
 
-def measured(aam, once, ranks):
-    folder = once(f'ranks{ranks}', lambda folder: (folder.mkdir(), finish(start(aam, *torchrun, ranks, f'--master-port={29600 + ranks}', __file__, folder/'found.json'))))
+def measured(aam, once, ranks, **env):
+    folder = once(f'ranks{ranks}{"".join(env.values())}', lambda folder: (folder.mkdir(), finish(start(aam, *torchrun, ranks, f'--master-port={29600 + ranks}', __file__, folder/'found.json', env=env))))
     return json.loads((folder/'found.json').read_text())
 
 
@@ -159,6 +162,25 @@ def test_two_ranks_are_one_process(aam, once, name):
 @pytest.mark.parametrize('name', cases)
 def test_four_ranks_are_one_process(aam, once, name):
     expect_equal_to_one(measured(aam, once, 4)[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.parametrize('name', cases)
+def test_two_gpus_are_one(aam, once, name):
+    "By NCCL. `pytest -n 0 -m gpu tests/test_distributed.py`"
+    expect_equal_to_one(measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.parametrize('name', ['pretrain, DDP', 'train, DDP, shared', 'train, DDP, two batches a step', "Faith's PD, FSDP", 'masked in place, FSDP, shared', 'frozen, DDP'])
+def test_data_parallel_is_one_gpu(monkeypatch, name):
+    "The tasks of other cases, spread over the GPUs of one process."
+    monkeypatch.setattr(sys.modules[__name__], 'device', 'cuda')
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    tasks, _, _, _, more = cases[name]
+    expect_equal_to_one(differences(*[follow(make_training(ranks, tasks, False, True, **more)) for ranks in (single, start_ranks('data-parallel', 'cuda'))]))
 
 
 @pytest.mark.parametrize('parts', [1, 2, 3, 5])
@@ -258,12 +280,16 @@ def test_one_process_goes_on_with_ddp(aam, survey, alone, tmp_path):
     assert (trained/'val_predictions.tsv').exists() and len((tmp_path/'predicted.tsv').read_text().splitlines()) == 49
 
 
-def test_one_process_says_so(aam, survey, alone, tmp_path):
-    "Each strategy trains in one process as if it had not been asked for."
-    for option in '--distributed', '--fsdp', '--data-parallel':
-        said = aam(*pretrain(aam, survey, tmp_path/option, '--batch-size', 8, '--epochs', 1, option)).err
-        assert f"{option}: {'there is one GPU at most' if option == '--data-parallel' else 'one process was started'}" in said
-        assert curve(tmp_path/option) == curve(alone)[:1]
+def test_one_process_says_so(aam, survey, alone, tmp_path, caplog):
+    "A strategy that is asked for trains in one process as if it had not been."
+    said = aam(*pretrain(aam, survey, tmp_path/'run', '--batch-size', 8, '--epochs', 1, '--fsdp')).err
+    assert '--fsdp: one process was started, which trains by itself' in said
+    assert curve(tmp_path/'run') == curve(alone)[:1] and (tmp_path/'run'/'checkpoints'/'last.pt').exists()
+    messages = logging.getLogger('aam')
+    propagate, messages.propagate = messages.propagate, True
+    with caplog.at_level(logging.INFO, 'aam'): assert start_ranks('data-parallel', 'cpu') == start_ranks('distributed', 'cpu') == single
+    messages.propagate = propagate
+    assert '--data-parallel: there is one GPU at most' in caplog.text and '--distributed: one process was started' in caplog.text
 
 
 def children(pid):

@@ -52,6 +52,7 @@ def wait_for(path, process, seconds=120):
     assert path.exists(), process.communicate()[1]
 
 
+def last_of(folder): return next(p for name in ('last.pt', 'last.dcp') if (p := folder/'checkpoints'/name).exists())
 def state(folder, name='last.pt'): return load_checkpoint(folder/'checkpoints'/name, part='training')['training']
 
 
@@ -72,7 +73,7 @@ def equal(a, b):
 def expect_equal(folder, other):
     "Weights, optimizer, counters, metrics, predictions, scores of two runs."
     for part, keys in dict(weights=['weights', 'split', 'scores', 'epoch'], training=['training', 'split']).items():
-        a, b = (load_checkpoint(f/'checkpoints'/('best_model.pt' if part == 'weights' else 'last.pt'), part=part) for f in (folder, other))
+        a, b = (load_checkpoint(f/'checkpoints'/'best_model.pt' if part == 'weights' else last_of(f), part=part) for f in (folder, other))
         for state in (a, b): [state.get('training', {}).get('progress', {}).pop(k, None) for k in ('seconds', 'waited')]
         for key in keys: assert equal(a[key], b[key]), (part, key)
     timeless = [[{k: v for k, v in json.loads(line).items() if k not in ('seconds', 'waited')} for line in lines(f)] for f in (folder, other)]
@@ -186,23 +187,40 @@ def test_frozen_encoder_told_to_stop(aam, survey, undisturbed, pretrained, tmp_p
 
 
 @pytest.mark.dist
-def test_ranks_agree_to_stop(aam, survey, undisturbed, tmp_path):
+@pytest.mark.parametrize('strategy, last', [('--distributed', 'last.pt'), ('--fsdp', 'last.dcp')])
+def test_ranks_agree_to_stop(aam, survey, tmp_path, strategy, last):
     "One of two ranks is told; both end after the same step, and go on together."
     def two(folder, *more):
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
-        words = command(aam, survey, 'pretrain', folder, '--distributed', '--resume-from', 'auto', *more)
+        words = command(aam, survey, 'pretrain', folder, strategy, '--resume-from', 'auto', *more)
         return [aam.start(*words, env=shared | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
     def ends(processes): return [(p.communicate(timeout=200), p.returncode)[1] for p in processes]
     assert ends(two(tmp_path/'whole')) == [0, 0]
     processes = two(tmp_path/'run', '--save-every-steps', 1)
-    wait_for(tmp_path/'run'/'checkpoints'/'last.pt', processes[0])
+    wait_for(tmp_path/'run'/'checkpoints'/last, processes[0])
     processes[1].send_signal(signal.SIGUSR1)
     assert ends(processes) == [stopped, stopped]
     assert ends(two(tmp_path/'run')) == [0, 0]
     expect_equal(tmp_path/'run', tmp_path/'whole')
+
+
+@pytest.mark.gpu
+def test_told_to_stop_on_a_gpu(aam, survey, tmp_path):
+    "Steps are recorded and replayed there; before and after, the losses are those of a run that nobody disturbed, but for rounding."
+    folders = tmp_path/'whole', tmp_path/'run'
+    words = [command(aam, survey, 'pretrain', folder, '--device', 'cuda', '--batch-size', 2, '--mixed-precision', 'none', '--save-every-steps', 3, '--resume-from', 'auto') for folder in folders]
+    aam(*words[0])
+    process = aam.start(*words[1])
+    wait_for(folders[1]/'checkpoints'/'last.pt', process)
+    process.send_signal(signal.SIGUSR1)
+    assert (process.communicate(), process.returncode)[1] == stopped
+    aam(*words[1])
+    a, b = ([json.loads(line) for line in lines(folder)] for folder in folders)
+    assert len(a) == len(b) == epochs
+    for key in 'step', 'train_total', 'val_loss', 'lr': assert [x[key] for x in b] == pytest.approx([x[key] for x in a], rel=1e-3), key
 
 
 # ---- several states

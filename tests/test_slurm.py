@@ -133,14 +133,15 @@ def test_cancelled_job_stays_cancelled(cluster, given, tmp_path):
     assert (facts['JobState'], facts['Restarts']) == ('CANCELLED', '0') and (folder/'checkpoints'/'last.pt').exists(), cluster.said(job)
 
 
-def test_two_tasks(cluster, given, tmp_path, monkeypatch):
+@pytest.mark.parametrize('strategy', ['distributed', 'fsdp'])
+def test_two_tasks(cluster, given, tmp_path, monkeypatch, strategy):
     "Started by srun, on one node; told to stop, and compared with two that were not."
     shape = '--ntasks-per-node=2', '--gpus-per-node=2'
     undisturbed, folder = tmp_path/'undisturbed', tmp_path/'run'
-    first = cluster.submit('pretrain.sbatch', *shape, OUT=undisturbed, STRATEGY='distributed', **given)
+    first = cluster.submit('pretrain.sbatch', *shape, OUT=undisturbed, STRATEGY=strategy, **given)
     assert cluster.finish(first)['JobState'] == 'COMPLETED', cluster.said(first)
     assert '2 ranks' in cluster.said(first)
-    job = cluster.submit('pretrain.sbatch', *shape, OUT=folder, STRATEGY='distributed', **given)
+    job = cluster.submit('pretrain.sbatch', *shape, OUT=folder, STRATEGY=strategy, **given)
     running(cluster, job, folder, 2)
     cluster('scancel', '--signal=USR1', job)
     facts, said = cluster.finish(job), cluster.said(job)
