@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ import torch
 from aam.config import AamError, EncoderOptions, ParallelOptions, TrainingOptions
 from aam.data import Deal, Plan, SampleData, take_part
 from aam.distributed import Group, full, single, start_ranks
+from aam.graphs import Replay
 from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
 from aam.states import KeptStates
 from aam.table import Table
-from aam.trainer import Training, train_epoch, train_step, validate
+from aam.trainer import Training, gradients, train_epoch, train_step, update, validate
 from aam.unifrac import Branches
 
 pretraining, training_tasks = ('count', 'unifrac', 'nuc'), ('target', 'count', 'unifrac', 'nuc')
@@ -75,6 +77,7 @@ def make_training(ranks, tasks, shared, all_pairs, batch_size=4, unifrac_metric=
 def follow(t):
     "Mean losses and gradients of each step, statistics after the last, and a validation."
     t.model.train()
+    if isinstance(t.update, Replay): t.update, t.gradients = partial(update, t), lambda batch: gradients(t, batch.to(t.device)) # a recorded step calls no hooks
     found, batches = [], [t.train.batch(0, k) for k in range(len(t.train))]
     for i in range(0, len(batches), t.options.gradient_accumulation_steps):
         meter, held = Meter(), {}
