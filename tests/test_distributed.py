@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,7 +142,7 @@ if __name__ == '__main__': compare(sys.argv[1])
 
 # ---- one process and several
 
-torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node']
+torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node'] # by itself it takes a free port
 
 
 def start(aam, *words, **how):
@@ -155,7 +156,7 @@ def finish(process):
 
 
 def measured(aam, once, ranks, **env):
-    folder = once(f'ranks{ranks}{"".join(env.values())}', lambda folder: (folder.mkdir(), finish(start(aam, *torchrun, ranks, f'--master-port={29600 + ranks}', __file__, folder/'found.json', env=env))))
+    folder = once(f'ranks{ranks}{"".join(env.values())}', lambda folder: (folder.mkdir(), finish(start(aam, *torchrun, ranks, __file__, folder/'found.json', env=env))))
     return json.loads((folder/'found.json').read_text())
 
 
@@ -266,7 +267,7 @@ def alone(aam, survey, once):
 def test_fsdp_goes_on_in_one_process(aam, survey, alone, tmp_path):
     "Two ranks, last.dcp, then one process: the curve of one process; best_model.pt is one file."
     folder = tmp_path/'run'
-    said = finish(start(aam, *torchrun, 2, '--master-port=29611', '-m', 'aam.cli', *pretrain(aam, survey, folder, '--batch-size', 4, '--epochs', 2, '--fsdp')))
+    said = finish(start(aam, *torchrun, 2, '-m', 'aam.cli', *pretrain(aam, survey, folder, '--batch-size', 4, '--epochs', 2, '--fsdp')))
     assert '2 ranks (--fsdp), --batch-size is that of one: 8 samples in a batch, 4 on each rank' in said and said.count('epoch 1/2') == 1
     assert sorted(p.name for p in (folder/'checkpoints').iterdir()) == ['best_model.pt', 'last-1.dcp', 'last.dcp']
     aam(*pretrain(aam, survey, folder, '--resume-from', 'auto', '--epochs', 3))
@@ -277,7 +278,10 @@ def test_fsdp_goes_on_in_one_process(aam, survey, alone, tmp_path):
 def test_one_process_goes_on_with_ddp(aam, survey, alone, tmp_path):
     "As srun starts ranks; then `aam train` from the encoder on two ranks, and `aam predict` on one."
     def srun(*words):
-        step = dict(SLURM_JOB_ID='4711', SLURM_STEP_ID='0', SLURM_NTASKS='2', SLURM_NNODES='1', SLURM_NODELIST='node[1-2]', MASTER_PORT='29612', MASTER_ADDR='127.0.0.1')
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        step = dict(SLURM_JOB_ID='4711', SLURM_STEP_ID='0', SLURM_NTASKS='2', SLURM_NNODES='1', SLURM_NODELIST='node[1-2]', MASTER_PORT=str(port), MASTER_ADDR='127.0.0.1')
         ranks = [start(aam, *aam.usual, *words, env=step | dict(SLURM_PROCID=str(r), SLURM_LOCALID=str(r))) for r in range(2)]
         said = [finish(p) for p in ranks]
         assert not said[1].strip(), 'rank 1 speaks'
@@ -320,7 +324,7 @@ def children(pid):
 
 def test_a_killed_rank_ends_all(aam, survey, tmp_path):
     "Within a minute, and it is named."
-    process = start(aam, *torchrun, 2, '--master-port=29613', '-m', 'aam.cli', *pretrain(aam, survey, tmp_path/'run', '--batch-size', 1, '--epochs', 1000, '--patience', 1000, '--distributed'))
+    process = start(aam, *torchrun, 2, '-m', 'aam.cli', *pretrain(aam, survey, tmp_path/'run', '--batch-size', 1, '--epochs', 1000, '--patience', 1000, '--distributed'))
     deadline = time.time() + 120
     while not (tmp_path/'run'/'metrics.jsonl').exists() and time.time() < deadline: time.sleep(0.05)
     ranks = children(process.pid)
