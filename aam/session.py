@@ -144,7 +144,8 @@ class Session:
         if self.resumed:
             for name, o in options.items(): resumed_options(o, self.resumed['options'].get(name, {}))
         options['parallel'].gather_unifrac = options['parallel'].all_pairs # as it is to stay if the run is resumed
-        pick_precision(options['training'].mixed_precision, self.device) # before anything slow
+        precision = pick_precision(options['training'].mixed_precision, self.device) # before anything slow
+        if precision == 'fp16' and self.ranks.strategy == 'fsdp': raise AamError('--mixed-precision fp16: not with --fsdp, whose ranks would each scale their gradients; choose bf16 or none')
         self.compiled = pick_compile(options['training'].compile_model, self.device)
         self.ranks.barrier() # all have looked at the folder before the lead writes to it
 

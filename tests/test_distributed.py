@@ -25,7 +25,7 @@ from aam.monitor import Meter
 from aam.predictor import Model, prime
 from aam.states import KeptStates
 from aam.table import Table
-from aam.trainer import Training, train_step, validate
+from aam.trainer import Training, train_epoch, train_step, validate
 from aam.unifrac import Branches
 
 pretraining, training_tasks = ('count', 'unifrac', 'nuc'), ('target', 'count', 'unifrac', 'nuc')
@@ -41,6 +41,7 @@ cases = { # tasks, strategy, shared ASVs, all pairs, more
     'UniFrac alone, DDP': (('unifrac',), 'distributed', True, True, {}),
     "Faith's PD, FSDP": (('unifrac',), 'fsdp', True, True, dict(unifrac_metric='faith_pd')),
     'masked in place, FSDP, shared': (pretraining, 'fsdp', True, True, dict(mask_in_place=True)),
+    'distances of states, FSDP, shared': (pretraining, 'fsdp', True, True, dict(unifrac_head='euclid')),
     'frozen, DDP': (('target',), 'distributed', True, True, dict(frozen=True)),
     'frozen, FSDP': (('target',), 'fsdp', True, True, dict(frozen=True)),
 }
@@ -58,11 +59,11 @@ def sample_data(metric='unweighted', mask_in_place=False):
                       branches=Branches(tips, tips, tips + 1, np.ones(asvs)), unifrac_metric=metric, mask_in_place=mask_in_place)
 
 
-def make_training(ranks, tasks, shared, all_pairs, batch_size=4, unifrac_metric='unweighted', mask_in_place=False, frozen=False, **options):
+def make_training(ranks, tasks, shared, all_pairs, batch_size=4, unifrac_metric='unweighted', unifrac_head='union', mask_in_place=False, frozen=False, **options):
     "13 samples in batches of 4: of the last one there is one sample, on the first rank."
     data = sample_data(unifrac_metric, mask_in_place)
     torch.manual_seed(0)
-    model = Model(EncoderOptions(embedding_dim=16, attention_layers=1, kmer_dim=8, dropout=0., unifrac_branches=16, unifrac_metric=unifrac_metric), tasks, outputs=1, checkpointing=True, chunk_size=4)
+    model = Model(EncoderOptions(embedding_dim=16, attention_layers=1, kmer_dim=8, dropout=0., unifrac_branches=16, unifrac_metric=unifrac_metric, unifrac_head=unifrac_head), tasks, outputs=1, checkpointing=True, chunk_size=4)
     plan = Plan(data, list(range(samples)), tuple(v for v in ('target', 'count', 'unifrac') if v in tasks), 'nuc' in tasks, batch_size, training=True)
     stop = replace(plan, training=False)
     if frozen: plan, stop = (KeptStates(p, model.to(device).freeze_base(), device) for p in (plan, stop))
@@ -122,6 +123,12 @@ def compare(path):
         one = make_training(single, tasks, False, True, **more)
         if not all_pairs: one = own_pairs_alone(one, there.size)
         results[name] = differences(follow(one), follow(make_training(Group(there.rank, there.size, there.local_rank, device, strategy), tasks, shared, all_pairs, **more)))
+    broken = make_training(there, training_tasks, True, True)
+    sample = [s for s in broken.train.batch(0, 0).sample_ids if s][-1]
+    broken.objective.target_loss = 'mse'
+    if not there.lead: broken.train.data.target[broken.train.data.position[sample]] = 1e30 # whose square is no number; the lead rank does not know
+    try: train_epoch(broken, 'regression')
+    except AamError as error: results['not finite'] = [str(error), *there.lists([sample])]
     if there.lead: Path(path).write_text(json.dumps(results))
     there.close()
 
@@ -156,6 +163,12 @@ def expect_equal_to_one(found):
 @pytest.mark.parametrize('name', cases)
 def test_two_ranks_are_one_process(aam, once, name):
     expect_equal_to_one(measured(aam, once, 2)[name])
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(aam, once):
+    "And the lead rank names the samples of that rank."
+    message, _, culprit = measured(aam, once, 2)['not finite']
+    assert 'loss is' in message and 'at step 1, samples' in message and culprit in message
 
 
 @pytest.mark.slow
