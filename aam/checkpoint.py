@@ -46,7 +46,7 @@ def describe_model(model:Model) -> dict:
     "What `build_model` needs, and the weights."
     target = model.heads['target'] if 'target' in model.tasks else None
     outputs, linear = (len(target.centre), target.linear) if target else (0, None)
-    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else len(linear.landmarks.rows),
+    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else linear.landmarks.rows.shape[1],
                 head=model.head.to_dict(), quantiles=model.quantiles,
                 categories=model.categories and model.categories.to_dict(), vocabulary=model.vocabulary,
                 weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()})

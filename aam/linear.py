@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'ridge_strengths', 'logistic_strengths', 'known_asvs', 'identify', 'slot_weights', 'one_hot', 'linear_features',
-           'block_scales', 'padded_draws', 'choose_landmarks', 'Landmarks', 'LinearPath', 'scaled', 'fit_scaled',
-           'fit_linear', 'refit_linear', 'folds']
+           'block_scales', 'choose_landmarks', 'padded_draws', 'landmark_distances', 'nystrom', 'Landmarks',
+           'LinearPath', 'fit_scaled', 'scaled', 'narrow', 'folds', 'out_of_fold', 'choose_strength', 'fit_linear']
 
 # %% ../nbs/09_linear.ipynb #ffe09df0
 import logging
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from scipy import sparse
 from torch import Tensor
 
@@ -65,63 +66,79 @@ def block_scales(features:sparse.csr_matrix, more:list[int]=()) -> np.ndarray: #
     variance = np.asarray(features.multiply(features).mean(0)).ravel() - np.asarray(features.mean(0)).ravel()**2
     return np.concatenate([np.full(len(b), 1/max(b.sum(), 1e-12)**.5) for b in np.split(variance, np.cumsum([V, V, *more])[:-1])])
 
-# %% ../nbs/09_linear.ipynb #09aa0002
-def padded_draws(data:SampleData, samples) -> tuple: # identity (N, S), abundance (N, S), mask (N, S)
-    "The evaluation draws of `samples`."
-    draws = [limit_asvs(data, view_draw(data, 'target', i, 0, False), 0, data.table.sample_ids[i], False) for i in samples]
-    shape = len(draws), max((len(d.asvs) for d in draws), default=1)
-    identity, abundance, mask = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
-    for row, d in enumerate(draws):
-        n = len(d.asvs)
-        identity[row, :n], abundance[row, :n], mask[row, :n] = data.identity[d.asvs], d.abundance, 1
-    return identity, abundance, mask
-
+# %% ../nbs/09_linear.ipynb #09aa0010
 def choose_landmarks(samples:list, most:int, seed:int) -> list:
     "`samples`, or `most` of them."
     return list(samples) if len(samples) <= most else sorted(np.random.default_rng(seed).choice(samples, most, replace=False).tolist())
 
+def padded_draws(data:SampleData, samples) -> tuple: # identity (N, S), abundance (N, S), mask (N, S)
+    "The evaluation draws of `samples`."
+    draws = [limit_asvs(data, view_draw(data, 'target', i, 0, False), 0, data.table.sample_ids[i], False) for i in samples]
+    shape = len(draws), max((len(d.asvs) for d in draws), default=1)
+    identity, abundance, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.double), torch.zeros(shape, dtype=torch.double)
+    for row, d in enumerate(draws):
+        n = len(d.asvs)
+        identity[row, :n], abundance[row, :n], mask[row, :n] = torch.as_tensor(data.identity[d.asvs]), torch.as_tensor(d.abundance), 1
+    return identity, abundance, mask
+
+# %% ../nbs/09_linear.ipynb #09aa0013
+def landmark_distances(
+    identity:Tensor, # number of the ASV in each slot, (B, S)
+    abundance:Tensor, # (B, S)
+    mask:Tensor, # (B, S)
+    rows:Tensor, # abundance of each known ASV, the first one stands for all others, in each landmark, (V + 1, M)
+    total:Tensor, # sum of abundances, and number of ASVs, of each landmark, (2, M)
+) -> Tensor: # (2, B, M)
+    "Bray-Curtis and Jaccard distances."
+    mask = mask.to(abundance.dtype)
+    theirs = F.embedding(identity, rows).to(abundance.dtype) # (B, S, M)
+    smaller = torch.minimum((abundance*mask)[..., None], theirs).sum(1)
+    shared = torch.einsum('bs,bsm->bm', mask, (theirs > 0).to(mask.dtype))
+    sums = torch.stack([(abundance*mask).sum(1), mask.sum(1)])[:, :, None] + total[:, None].to(abundance.dtype)
+    return torch.stack([1 - 2*smaller/sums[0].clamp_min(1e-6), 1 - shared/(sums[1] - shared).clamp_min(1)])
+
+# %% ../nbs/09_linear.ipynb #09aa0016
+def nystrom(similarity:np.ndarray) -> np.ndarray: # similarity of landmarks (M, M) -> (M, columns)
+    "What turns similarities to landmarks into columns whose inner products are similarities."
+    values, vectors = np.linalg.eigh(similarity)
+    kept = values > 1e-6*values.max()
+    return vectors[:, kept] / values[kept]**.5
+
+# %% ../nbs/09_linear.ipynb #09aa0002
 class Landmarks(nn.Module):
     "Similarity of samples to training samples."
     def __init__(self, known:int, number:int): # known ASVs V, landmarks M
         super().__init__()
-        self.register_buffer('rows', torch.zeros(number, known + 1)) # abundances; column 0 stays empty
+        self.register_buffer('rows', torch.zeros(known + 1, number)) # abundances; the first row stays empty
         self.register_buffer('total', torch.zeros(2, number)) # abundance and ASVs, those not known included
         self.register_buffer('median', torch.ones(2))
 
-    def distances(self, identity:Tensor, abundance:Tensor, mask:Tensor) -> Tensor: # (B, S) each -> (2, B, M)
-        "Bray-Curtis and Jaccard."
-        mask, rows = mask.to(abundance.dtype), self.rows.to(abundance.dtype)
-        x = abundance.new_zeros(len(identity), rows.shape[1]).scatter_add(1, identity, abundance*mask)
-        x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
-        total = torch.stack([(abundance*mask).sum(1), mask.sum(1)])[:, :, None] + self.total[:, None].to(abundance.dtype)
-        smaller = (x.sum(1)[:, None] + rows.sum(1) - torch.cdist(x, rows, p=1))/2 # sum of the smaller of both abundances
-        shared = (x > 0).to(x.dtype) @ (rows > 0).to(x.dtype).T
-        return torch.stack([1 - 2*smaller/total[0].clamp_min(1e-6), 1 - shared/(total[1] - shared).clamp_min(1)])
-
-    def similarity(self, identity:Tensor, abundance:Tensor, mask:Tensor) -> Tensor: # (B, M)
-        d = self.distances(identity, abundance, mask)
+    def similarity(self, identity:Tensor, abundance:Tensor, mask:Tensor) -> Tensor: # (B, S) each -> (B, M)
+        d = landmark_distances(identity, abundance, mask, self.rows, self.total)
         return torch.exp(-d/(3*self.median.to(d.dtype)[:, None, None])).mean(0)
 
     def place(self, data:SampleData, samples):
         "Takes `samples` as landmarks; prepares `features`."
-        identity, abundance, mask = map(torch.from_numpy, padded_draws(data, samples))
-        self.rows.scatter_add_(1, identity, (abundance*mask).float()); self.rows[:, 0] = 0
-        self.total.copy_(torch.stack([(abundance*mask).sum(1), mask.sum(1)]))
-        d = self.distances(identity, abundance, mask)
-        self.median.copy_(torch.stack([x[~torch.eye(len(x), dtype=bool)].median() if len(x) > 1 else x.new_tensor(1.) for x in d]).clamp_min(1e-3))
-        values, vectors = np.linalg.eigh(self.similarity(identity, abundance, mask).numpy())
-        kept = values > 1e-6*values.max()
-        self.combine = vectors[:, kept] / values[kept]**.5 # (M, columns)
+        for i, sample in enumerate(samples):
+            (identity,), (abundance,), (mask,) = padded_draws(data, [sample])
+            self.rows[identity, i] = abundance.float(); self.rows[0] = 0
+            self.total[:, i] = torch.stack([abundance.sum(), mask.sum()])
+        d = torch.cat([landmark_distances(*padded_draws(data, part), self.rows, self.total) for part in self.parts(samples)], 1)
+        others = ~torch.eye(len(samples), dtype=bool)
+        if len(samples) > 1: self.median.copy_(torch.stack([x[others].median() for x in d]).clamp_min(1e-3))
+        self.combine = nystrom(torch.exp(-d/(3*self.median.double()[:, None, None])).mean(0).numpy()) # (M, columns)
 
-    def features(self, data:SampleData, samples, chunk:int=256) -> np.ndarray: # (N, columns)
+    def parts(self, samples, size:int=32) -> list: # of lists
+        "`samples` in parts that fit in memory."
+        return [list(samples[i:i + size]) for i in range(0, len(samples), size)]
+
+    def features(self, data:SampleData, samples) -> np.ndarray: # (N, columns)
         "Columns whose inner products are the similarities."
-        samples = list(samples)
-        parts = [self.similarity(*map(torch.from_numpy, padded_draws(data, samples[i:i + chunk]))).numpy() for i in range(0, len(samples), chunk)]
-        return np.concatenate(parts) @ self.combine
+        return np.concatenate([self.similarity(*padded_draws(data, part)).numpy() @ self.combine for part in self.parts(list(samples))])
 
 # %% ../nbs/09_linear.ipynb #0d330fd3
 class LinearPath(nn.Module):
-    "Linear model on the known ASVs of a sample, and its categories."
+    "Linear model on the known ASVs of a sample, its similarity to landmarks, and its categories."
     def __init__(self,
         known:int, # known ASVs V
         outputs:int, # O
@@ -137,23 +154,6 @@ class LinearPath(nn.Module):
         if self.sizes: self.register_buffer('category_weight', torch.zeros(len(self.sizes), max(self.sizes) + 1, outputs)) # row 0: unknown
         self.register_buffer('bias', torch.zeros(outputs))
 
-    @property
-    def more(self) -> list[int]:
-        "Columns of the blocks after the first two."
-        return ([] if self.landmarks is None else [self.landmarks.combine.shape[1]]) + ([sum(self.sizes)] if self.sizes else [])
-
-    def set(self, coefficients:np.ndarray, bias:np.ndarray): # (2V + M + K, O), (O,)
-        "Takes over a fitted model."
-        V = len(self.abundance_weight) - 1
-        abundance, presence, coefficients = np.split(coefficients, [V, 2*V])
-        if self.landmarks is not None:
-            similar, coefficients = np.split(coefficients, [self.landmarks.combine.shape[1]])
-            self.landmark_weight.copy_(torch.as_tensor(self.landmarks.combine @ similar))
-        categories = np.split(coefficients, np.cumsum(self.sizes))[:len(self.sizes)]
-        for column, values in enumerate(categories): self.category_weight[column, 1:len(values) + 1] = torch.as_tensor(values, dtype=torch.float32)
-        for buffer, values in ((self.abundance_weight[1:], abundance), (self.presence_weight[1:], presence), (self.bias, bias)):
-            buffer.copy_(torch.as_tensor(values, dtype=torch.float32))
-
     def of_categories(self, categories:Tensor): # (B, C) -> (B, O)
         "What the categories add."
         return self.category_weight[torch.arange(len(self.sizes), device=categories.device), categories].sum(1) if self.sizes else 0.
@@ -168,9 +168,26 @@ class LinearPath(nn.Module):
         similar = 0. if self.landmarks is None else self.landmarks.similarity(identity, abundance.float(), mask) @ self.landmark_weight
         return self.bias + self.of_categories(categories) + similar + (a[..., None] * F.embedding(identity, self.abundance_weight) + p[..., None] * F.embedding(identity, self.presence_weight)).sum(1)
 
+# %% ../nbs/09_linear.ipynb #09aa0022
+@patch(as_prop=True)
+def more(self:LinearPath) -> list[int]:
+    "Columns of the blocks after the first two."
+    return ([] if self.landmarks is None else [self.landmarks.combine.shape[1]]) + ([sum(self.sizes)] if self.sizes else [])
+
+@patch
+def set(self:LinearPath, coefficients:np.ndarray, bias:np.ndarray): # (2V + M + K, O), (O,)
+    "Takes over a fitted model."
+    put = lambda buffer, values: buffer.copy_(torch.as_tensor(values, dtype=torch.float32))
+    V = len(self.abundance_weight) - 1
+    abundance, presence, *more = np.split(coefficients, np.cumsum([V, V, *self.more])[:-1])
+    put(self.abundance_weight[1:], abundance); put(self.presence_weight[1:], presence); put(self.bias, bias)
+    if self.landmarks is not None: put(self.landmark_weight, self.landmarks.combine @ more[0])
+    if self.sizes:
+        for column, values in enumerate(np.split(more[-1], np.cumsum(self.sizes)[:-1])): put(self.category_weight[column, 1:len(values) + 1], values)
+
 # %% ../nbs/09_linear.ipynb #a5c94c3d
 def _ridge(X, y, strength):
-    "Coefficients (2V, O) and bias (O,) of a ridge regression; targets may be missing one by one."
+    "Coefficients (columns, O) and bias (O,) of a ridge regression; targets may be missing one by one."
     from sklearn.linear_model import Ridge
     weights, bias = np.zeros((X.shape[1], y.shape[1])), np.zeros(y.shape[1])
     for i, column in enumerate(y.T):
@@ -181,7 +198,7 @@ def _ridge(X, y, strength):
     return weights, bias
 
 def _logistic(X, y, strength, classes):
-    "Coefficients (2V, classes) and bias of a logistic regression; a class without a sample gets a low bias."
+    "Coefficients (columns, classes) and bias of a logistic regression; a class without a sample gets a low bias."
     from sklearn.linear_model import LogisticRegression
     fitted = LogisticRegression(C=strength, max_iter=500).fit(X, y)
     weights, bias = np.zeros((X.shape[1], classes)), np.full(classes, -10.)
@@ -189,11 +206,6 @@ def _logistic(X, y, strength, classes):
         weights[:, fitted.classes_[1]], bias[fitted.classes_] = fitted.coef_[0], [0, fitted.intercept_[0]]
     else: weights[:, fitted.classes_], bias[fitted.classes_] = fitted.coef_.T, fitted.intercept_
     return weights, bias
-
-def scaled(X:sparse.csr_matrix, scales:np.ndarray):
-    "`X` with its columns scaled; dense, which solvers take exactly, where it is small."
-    X = X.multiply(scales).tocsr()
-    return X.toarray() if X.shape[0]*X.shape[1] < 1e8 else X
 
 def fit_scaled(X, y, strength, classes):
     "Coefficients and bias of the model for classes or numbers."
@@ -205,36 +217,21 @@ def _loss(outputs, y, classes):
     from scipy.special import log_softmax
     return float(-log_softmax(outputs, 1)[np.arange(len(y)), y].mean())
 
-ridge_strengths, logistic_strengths = np.logspace(-2, 3, 11), np.array([3., 10., 30., 100., 300., 1000.])
+# %% ../nbs/09_linear.ipynb #09aa0032
+def scaled(X:sparse.csr_matrix, scales:np.ndarray):
+    "`X` with its columns scaled; dense, which solvers take exactly, where it is small."
+    X = X.multiply(scales).tocsr()
+    return X.toarray() if X.shape[0]*X.shape[1] < 1e8 else X
 
-def fit_linear(
-    X:sparse.csr_matrix, # features of the fit samples, (N, 2V + M + K)
-    y:np.ndarray, # standardised targets (N, O), NaN missing; or classes (N,)
-    X_stop:sparse.csr_matrix, # features of the stop samples
-    y_stop:np.ndarray, # their targets
-    classes:int=0, # number of classes; 0 for regression
-    groups=None, # group of each fit sample, kept in one fold
-    seed:int=42,
-    more:list[int]=(), # columns of the blocks after the first two
-): # coefficients (2V + M + K, O), bias (O,), out-of-fold outputs (N, O), strength
-    "A ridge or logistic regression whose penalty the stop samples choose."
-    scales = block_scales(X, more)
-    X, X_stop = scaled(X, scales), scaled(X_stop, scales)
-    models = {s: fit_scaled(X, y, s, classes) for s in (logistic_strengths if classes else ridge_strengths)}
-    best = min(models, key=lambda s: _loss(X_stop @ models[s][0] + models[s][1], y_stop, classes))
-    weights, bias = models[best]
-    left_out = np.tile(bias, (len(y), 1)) * 0.
-    for rest, fold in folds(y, classes, groups, seed):
-        w, b = fit_scaled(X[rest], y[rest], best, classes)
-        left_out[fold] = X[fold] @ w + b
-    return weights * scales[:, None], bias, left_out, best
+def narrow(X, most:int=2000) -> tuple: # (N, columns) -> (N, at most N), function
+    "Columns, no more than there are samples, with the same inner products, and what turns their coefficients into those of `X`; more than `most` samples stay as they are."
+    if X.shape[0] >= X.shape[1] or X.shape[0] > most: return X, lambda weights: weights
+    values, vectors = np.linalg.eigh(X @ X.T)
+    kept = values > 1e-10*values[-1]
+    vectors, roots = vectors[:, kept], values[kept]**.5
+    return vectors * roots, lambda weights: X.T @ (vectors / roots @ weights)
 
-def refit_linear(X, y, strength:float, classes:int=0, more:list[int]=()): # coefficients (2V + M + K, O), bias (O,)
-    "The same model of other samples, with a strength that is known."
-    scales = block_scales(X, more)
-    weights, bias = fit_scaled(scaled(X, scales), y, strength, classes)
-    return weights * scales[:, None], bias
-
+# %% ../nbs/09_linear.ipynb #09aa0035
 def folds(y, classes, groups, seed, n:int=5):
     "Five folds, or as many as the samples allow; groups whole, classes in proportion."
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
@@ -244,7 +241,43 @@ def folds(y, classes, groups, seed, n:int=5):
     if classes: n = min(n, np.bincount(y).max()) # so many, scikit-learn asks, the largest class must have
     if n < 2: return []
     if classes: splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(n, shuffle=True, random_state=seed)
-    else: splitter = KFold(n, shuffle=True, random_state=seed) if groups is None else GroupKFold(n)
+    else: splitter = (KFold if groups is None else GroupKFold)(n, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # a class with fewer samples than folds
         return [(rest, fold) for rest, fold in splitter.split(y, y if classes else None, groups) if not classes or len(set(y[rest])) > 1]
+
+def out_of_fold(X, y, strength:float, classes:int, parts:list) -> np.ndarray: # (N, O)
+    "Outputs for each fold of `parts` by the model of the rest; 0 for a sample in none."
+    outputs = np.zeros((len(y), classes or y.shape[1]))
+    for rest, fold in parts:
+        weights, bias = fit_scaled(X[rest], y[rest], strength, classes)
+        outputs[fold] = X[fold] @ weights + bias
+    return outputs
+
+# %% ../nbs/09_linear.ipynb #09aa0037
+ridge_strengths, logistic_strengths = np.logspace(-2, 3, 11), np.array([1., 3., 10., 30., 100., 300., 1000.])
+
+def choose_strength(X, y, classes:int, groups, seed:int, most:int=1000) -> float:
+    "The inverse penalty with the best out-of-fold outputs, on at most so many samples."
+    strengths = logistic_strengths if classes else ridge_strengths
+    some = np.arange(len(y)) if len(y) <= most else np.sort(np.random.default_rng(seed).choice(len(y), most, replace=False))
+    X, y = X[some], y[some]
+    parts = folds(y, classes, None if groups is None else groups[some], seed)
+    if not parts: return float(strengths[len(strengths)//2])
+    judged = np.concatenate([fold for _, fold in parts])
+    return float(min(strengths, key=lambda s: _loss(out_of_fold(X, y, s, classes, parts)[judged], y[judged], classes)))
+
+def fit_linear(
+    X:sparse.csr_matrix, # features, (N, 2V + M + K)
+    y:np.ndarray, # standardised targets (N, O), NaN missing; or classes (N,)
+    classes:int=0, # number of classes; 0 for regression
+    groups=None, # group of each sample, kept in one fold
+    seed:int=42,
+    more:list[int]=(), # columns of the blocks after the first two
+): # coefficients (2V + M + K, O), bias (O,), out-of-fold outputs (N, O), strength
+    "A ridge or logistic regression whose penalty grouped cross-validation chooses."
+    scales = block_scales(X, more)
+    X, back = narrow(scaled(X, scales))
+    strength = choose_strength(X, y, classes, groups, seed)
+    weights, bias = fit_scaled(X, y, strength, classes)
+    return back(weights) * scales[:, None], bias, out_of_fold(X, y, strength, classes, folds(y, classes, groups, seed)), strength
