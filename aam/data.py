@@ -11,7 +11,8 @@ __all__ = ['Batch', 'Draw', 'stack_rows', 'hide_asvs', 'distinct_rows', 'kmers_o
 import os
 import numpy as np
 import torch
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from torch.utils.data import DataLoader
 
 from .table import Table, choose_asvs, draw_rng, relative_abundance, target_draw, unifrac_draw
@@ -55,7 +56,7 @@ class Batch:
 
     def map(self, function):
         "A batch with `function` applied to each tensor."
-        new = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        new = {name: function(v) for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **new, states=None if self.states is None else self.states.map(function))
 
     def to(self, device): return self.map(lambda t: t.to(device, non_blocking=t.is_pinned())) # other memory may be gone before a copy that nobody waits for has read it
@@ -314,21 +315,39 @@ class _Batches:
 
 @dataclass
 class _Order:
-    places:list=() # (epoch, batch) of each batch to come
-    def __iter__(self): return iter(self.places)
-    def __len__(self): return len(self.places)
+    plan:Plan
+    place:tuple=None # epoch and number of the next batch
+
+    def after(self, epoch:int, k:int): return (epoch, k + 1) if k + 1 < len(self.plan) else (epoch + self.plan.training, 0)
+
+    def __iter__(self):
+        place = self.place
+        while True: yield place; place = self.after(*place)
+
+class _Ahead:
+    "Batches made by `workers` processes. What follows an epoch is begun before it ends: nobody waits for its first batch."
+    def __init__(self, plan:Plan, workers:int, pin:bool):
+        self.plan, self.order, self.batches = plan, _Order(plan), None
+        self.loader = DataLoader(_Batches(plan), batch_size=None, sampler=self.order, num_workers=workers, pin_memory=pin, persistent_workers=True)
+
+    def epoch(self, epoch:int, start:int):
+        for k in range(start, len(self.plan)):
+            if self.order.place != (epoch, k): self.order.place, self.batches = (epoch, k), None
+            if self.batches is None: self.batches = iter(self.loader)
+            batch, self.order.place = next(self.batches), self.order.after(epoch, k)
+            yield batch
 
 def pick_workers(asked:int|None, device:str) -> int:
     "Processes that prepare batches: as asked, else up to four beside a GPU and none beside a CPU."
     return asked if asked is not None else 0 if device == 'cpu' else min(4, len(os.sched_getaffinity(0)) - 1)
 
-def loader(plan:Plan, epoch:int=0, workers:int=0, pin:bool=False, start:int=0) -> DataLoader:
+def loader(plan:Plan, epoch:int=0, workers:int=0, pin:bool=False, start:int=0) -> Iterable[Batch]:
     "The batches of `epoch`, from batch `start` on, prepared by `workers` processes, which live on for the next epoch."
-    places = [(epoch, k) for k in range(start, len(plan))]
-    if plan.ready or not workers: return DataLoader(_Batches(plan), batch_size=None, sampler=_Order(places), pin_memory=pin and not plan.ready)
-    kept = plan._kept.setdefault((workers, pin), DataLoader(_Batches(plan), batch_size=None, sampler=_Order(), num_workers=workers, pin_memory=pin, persistent_workers=True))
-    kept.sampler.places = places
-    return kept
+    if not plan.ready and workers:
+        if (workers, pin) not in plan._kept: plan._kept[workers, pin] = _Ahead(plan, workers, pin)
+        return plan._kept[workers, pin].epoch(epoch, start)
+    batches = (plan.batch(epoch, k) for k in range(start, len(plan)))
+    return (b.pin_memory() for b in batches) if pin and not plan.ready else batches
 
 # %% ../nbs/06_data.ipynb #7c2667ae
 def all_unifrac(data:SampleData, samples, epoch:int=0) -> np.ndarray: # (N, N), or (N,)

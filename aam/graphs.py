@@ -9,7 +9,7 @@ __all__ = ['log', 'rounded', 'batch_sizes', 'pad_tensor', 'pad_rows', 'pad_batch
 import logging
 import torch
 import torch.nn.functional as F
-from dataclasses import fields, replace
+from dataclasses import replace
 from torch import Tensor
 
 from .data import Batch
@@ -94,7 +94,7 @@ class Replay:
 # %% ../nbs/19_graphs.ipynb #a19c0010
 def tensors_of(batch:Batch) -> dict:
     "The tensors of `batch` by name."
-    def own(of, prefix=''): return {prefix + f.name: x for f in fields(of) if isinstance(x := getattr(of, f.name), Tensor)}
+    def own(of, prefix=''): return {prefix + name: x for name, x in vars(of).items() if isinstance(x, Tensor)}
     return own(batch) if batch.states is None else own(batch) | own(batch.states, 'states.')
 
 class Graphed:

@@ -74,20 +74,21 @@ class KeptStates:
         self.store = Store(states, *map(torch.cat, zip(*found)))
         self.length = self.store.length.tolist()
         self.place = {sample: k for k, sample in enumerate(richest.tolist())}
+        asked = dict(target=self.data.target, categories=self.data.categories, offset=self.data.offset if self.training else None)
+        self.asked = {name: torch.from_numpy(x[richest]).to(states.device) for name, x in asked.items() if x is not None}
+        self.drawn = None, None # epoch and its order, as places in the store
 
     def __len__(self): return len(self.plan)
     def close(self): self.plan.close()
 
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`, the same samples as the plan's."
-        samples = self.plan.order(epoch)[k*self.plan.batch_size:(k + 1)*self.plan.batch_size]
-        data, none = self.data, [None]*7
-        target = None if data.target is None else torch.from_numpy(data.target[samples])
-        categories = None if data.categories is None else torch.from_numpy(data.categories[samples])
-        offset = torch.from_numpy(data.offset[samples]) if data.offset is not None and self.training else None
-        place = [self.place[i] for i in samples]
-        lengths = [self.length[p] for p in place]
-        states = Stored(self.store, torch.tensor(place), max(1, *lengths))
-        batch = Batch([data.table.sample_ids[i] for i in samples], ('target',), (), *none, target=target, categories=categories, offset=offset, asvs_read=sum(lengths),
-                      states=states if self.store.states.device.type == self.device else states.open())
-        return batch.pin_memory() if self.device == 'cuda' else batch
+        here = slice(k*self.plan.batch_size, (k + 1)*self.plan.batch_size)
+        samples = self.plan.order(epoch)
+        if self.drawn[0] != epoch: self.drawn = epoch, torch.tensor([self.place[i] for i in samples.tolist()], device=self.store.states.device)
+        places, lengths = self.drawn[1][here], [self.length[self.place[i]] for i in samples[here].tolist()]
+        states = Stored(self.store, places, max(1, *lengths))
+        near = self.store.states.device.type == self.device
+        batch = Batch([self.data.table.sample_ids[i] for i in samples[here]], ('target',), (), *[None]*7, asvs_read=sum(lengths), states=states if near else states.open(),
+                      **{name: x[places] for name, x in self.asked.items()})
+        return batch if near else batch.pin_memory()

@@ -47,7 +47,8 @@ def compile_model(model:nn.Module, **how):
     "Compiles every transformer block of `model`, and the embedding of its bases, in place."
     torch._dynamo.config.recompile_limit = 64 # with and without masks, dropout, gradients, two stacks
     for m in model.modules():
-        if isinstance(m, compiled_parts): m.compile(**how)
+        wide = isinstance(m, Block) and m.out.in_features > 1024
+        if isinstance(m, compiled_parts): m.compile(**dict(options={'triton.multi_kernel': 1}) if wide else {}, **how)
 
 # %% ../nbs/26_trainer.ipynb #b5b864dc
 @dataclass
@@ -70,7 +71,7 @@ class Training:
     def __post_init__(self):
         self.model.to(self.device); self.objective.to(self.device)
         o = self.options
-        self.precision = pick_precision(o.mixed_precision, self.device)
+        self.precision = pick_precision(o.mixed_precision or ('none' if self.train.ready else None), self.device) # a head alone is small: casting its weights takes longer than its products
         recorded = self.device == 'cuda' and self.precision != 'fp16' and not torch.version.hip # fp16 looks at the gradients before it steps
         self.optimizer = make_optimizer(self.model, o.optimizer, o.lr, o.weight_decay, self.rates, recorded)
         self.share = torch.ones((), device=self.device) # of a batch in its step

@@ -464,9 +464,10 @@ def test_commands_on_a_gpu(aam, survey, inputs, tmp_path):
 
 def test_num_workers():
     t = training(tasks=('target', 'count', 'unifrac', 'nuc'), batch_size=3)
-    alone, helped = (list(loader(t.train, epoch=2, workers=n)) for n in (0, 2))
+    def epochs(workers): return [b for epoch, start in ((2, 0), (3, 0), (3, 1), (5, 0)) for b in loader(t.train, epoch, workers, start=start)]
+    alone, helped = epochs(0), epochs(2)
     t.train.close()
-    assert len(alone) == 3
+    assert len(alone) == len(helped) == 3 + 3 + 2 + 3
     for a, b in zip(alone, helped):
         assert a.sample_ids == b.sample_ids
         for name in 'tokens', 'index', 'abundance', 'unifrac', 'candidates', 'nuc_positions', 'target': torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0, equal_nan=True)
