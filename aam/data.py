@@ -34,7 +34,6 @@ class Batch:
     mask:torch.Tensor # True where a slot is taken, (R, S)
     abundance:torch.Tensor # log1p(1e4 p)/log1p(1e4), 0 for padding, (R, S)
     identity:torch.Tensor=None # number of each distinct ASV among those known to a linear path, 0 if unknown, (U,)
-    offset:torch.Tensor=None # out-of-fold outputs of that path, for training, (B, O)
     categories:torch.Tensor=None # value of each categorical column, 0 unknown, (B, C)
     target:torch.Tensor=None # targets on the learnt scale (B, O), NaN missing; or classes (B,), -1 missing
     unifrac:torch.Tensor=None # of the UniFrac view: distances (B, B), or Faith's diversities (B,); NaN where a pair, or a sample, does not count
@@ -129,7 +128,6 @@ class SampleData:
     drawn:Table=None # the rarefaction behind matrix or file, of the same samples and ASVs
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
     identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
-    offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
     categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
     unifrac_metric:str='unweighted' # what is computed from the tree, or held by the matrix
     unifrac_alpha:float=1. # of generalized UniFrac
@@ -249,7 +247,6 @@ def make_batch(
     if data.target is not None: extra['target'] = torch.from_numpy(data.target[np.asarray(samples)])
     if data.categories is not None: extra['categories'] = torch.from_numpy(data.categories[np.asarray(samples)])
     if data.identity is not None: extra['identity'] = torch.from_numpy(data.identity[asvs])
-    if data.offset is not None and training: extra['offset'] = torch.from_numpy(data.offset[np.asarray(samples)])
     return Batch(ids, tuple(views), groups, *map(torch.from_numpy, (tokens, place[row_of_asv], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), asvs_read=int(mask.sum()), **extra)
 
 def candidate_tensors(new_asv, candidates, present, ratios) -> dict:

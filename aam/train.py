@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_parts', 'check_categories', 'fit_categories',
-           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'linear_targets', 'fit_path',
-           'start_linear', 'refit_start', 'start_quantiles', 'build_model', 'make_plans', 'make_objective',
-           'make_score', 'score_part', 'target_figures', 'finish', 'train']
+           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'linear_targets', 'fit_start',
+           'shift_start', 'mix_paths', 'refit_start', 'build_model', 'make_plans', 'make_objective', 'make_score',
+           'score_part', 'target_figures', 'finish', 'train']
 
 # %% ../nbs/31_train.ipynb #18472867
 from dataclasses import dataclass
@@ -179,26 +179,41 @@ def linear_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,) or 0
     # weights act like more samples; the head adds log priors
     return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
 
-def fit_path(path, task:Task, samples, targets:tuple, options): # (N, O), out-of-fold outputs
-    "Fits a linear path to `samples`, of which `--landmarks` are its landmarks; whole groups (`--group-column`) are in one fold."
+def fit_start(head, task:Task, samples, options):
+    "Fits the linear path of `head` to `samples`, of which `--landmarks` are its landmarks; whole groups (`--group-column`) are in one fold."
     from aam.linear import choose_landmarks, fit_linear, linear_features
     from aam.metadata import get_column
-    group, seed, (y, shift) = options['split'].group_column, options['run'].seed, targets
+    group, seed, path, (y, shift) = options['split'].group_column, options['run'].seed, head.linear, linear_targets(head, task)
     groups = get_column(task.inputs.frame, group).iloc[samples].fillna('').astype(str).to_numpy() if group else None
     if path.landmarks is not None: path.landmarks.place(task.data, choose_landmarks(samples, options['target'].landmarks, seed))
     features = linear_features(task.data, samples, path.sizes, path.landmarks)
     weights, bias, left_out, _ = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more)
     path.set(weights, bias + shift)
-    return left_out + shift
+    if not task.goal.classes: shift_start(head, task.data.target[samples], left_out, options['target'])
 
-def start_linear(head, task:Task, options):
-    "Fits the linear path of `head` and gives the fit samples their out-of-fold outputs."
-    import numpy as np
-    from aam.linear import identify
-    data = task.data
-    data.identity = identify(data.table.sequences, task.known)
-    data.offset = np.zeros((len(data.table), task.goal.outputs), np.float32)
-    data.offset[task.fit] = fit_path(head.linear, task, task.fit, linear_targets(head, task), options)
+def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the learnt scale (N, O), out-of-fold outputs (N, O)
+    "Lets the linear path predict what the loss asks for: quantiles of its out-of-fold errors, for an asymmetric loss the one that it aims at."
+    import torch
+    learnt, left_out = torch.tensor(learnt), torch.tensor(left_out, dtype=torch.float32)
+    errors = head.standardise(learnt) - head.standardise(head.centre + head.scale*left_out)
+    for i, loss in enumerate(target.loss_types):
+        level = target.quantiles if loss == 'quantile' else target.under_penalty/max(target.over_penalty + target.under_penalty, 1e-9) if loss == 'asymmetric' else None
+        if level is not None: head.linear_shift[i] = errors[:, i].nanquantile(torch.tensor(level))
+
+# %% ../nbs/31_train.ipynb #31aa0002
+def mix_paths(session, task:Task, predictor, log):
+    "Chooses the linear path's share of a prediction, and writes it to `best_model.pt`."
+    from aam.checkpoint import load_checkpoint, save_checkpoint
+    from aam.linear import choose_share
+    from aam.metadata import get_column
+    state, head, ids, inputs, group = load_checkpoint(session.folder.best), predictor.model.heads['target'], task.parts.stop, task.inputs, session.options['split'].group_column
+    if head.linear is None or state['epoch'] == 0: return
+    said, training = [], session.options['training']
+    for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, ids, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size)))
+    groups = get_column(inputs.frame, group).loc[ids].fillna('').astype(str).to_numpy() if group else None
+    head.share = choose_share(*said, task.actual[task.stop], groups)
+    save_checkpoint(state | dict(share=head.share), session.folder.best)
+    log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt since')
 
 def refit_start(session, task:Task, log):
     "Fits the linear path of the best model anew on the fit and stop samples; the model before is kept as `before_refit.pt`."
@@ -209,32 +224,29 @@ def refit_start(session, task:Task, log):
     model = build_model(state)
     head, known = model.heads['target'], known_asvs(data, both)
     data.identity = identify(data.table.sequences, known)
+    before = dict(known=state['known_asvs'], landmarks=state['landmarks'], linear=head.linear.state_dict(), linear_shift=head.linear_shift.clone(), samples=task.parts.stop)
     head.linear = LinearPath(len(known), task.goal.outputs, head.linear.sizes, min(o['target'].landmarks, len(both)))
-    fit_path(head.linear, task, both, linear_targets(head, task), o)
+    fit_start(head, task, both, o)
     shutil.copy(session.folder.best, session.folder.before_refit)
-    save_checkpoint(state | describe_model(model) | dict(known_asvs=known, training_ids=[data.table.sample_ids[i] for i in both], refit=True), session.folder.best)
-    log.info(f'refit: the linear start of best_model.pt is now fitted on {len(both)} samples, those to stop on included; validation scores and val_predictions.tsv are of the model before (before_refit.pt)')
-
-def start_quantiles(head, data, fit):
-    "Starts the quantiles of `head` from what the linear path, or the mean, leaves over on the fit samples."
-    import torch
-    learnt = torch.tensor(data.target[fit])
-    expected = torch.zeros_like(learnt) if data.offset is None else torch.tensor(data.offset[fit])
-    head.quantiles.start_from(head.standardise(learnt) - head.standardise(head.centre + head.scale*expected))
+    save_checkpoint(state | describe_model(model) | dict(known_asvs=known, training_ids=[data.table.sample_ids[i] for i in both], before_refit=before), session.folder.best)
+    log.info(f'the linear start of best_model.pt is refitted to {len(both)} samples, those to stop on included; validation scores and predictions of these are of the model before')
 
 # %% ../nbs/31_train.ipynb #bf870186
 def build_model(session, task:Task, pretrained:dict=None) -> tuple: # model, names of the heads taken from `pretrained`
     "The model at its start: means, linear path, quantiles, pre-trained weights."
     import torch
     from aam.checkpoint import load_pretrained
+    from aam.linear import identify
     from aam.predictor import Model
     o, goal, training = session.options, task.goal, session.options['training']
     torch.manual_seed(o['run'].seed)
     model = Model(o['encoder'], tuple(task.weights), goal.outputs, len(task.known), training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or (), min(o['target'].landmarks, len(task.fit)))
     head = model.heads['target']
     head.centre.copy_(torch.tensor(task.centre)); head.scale.copy_(torch.tensor(task.deviation))
-    if task.known: start_linear(head, task, o)
-    if goal.quantiles: start_quantiles(head, task.data, task.fit)
+    if task.known:
+        task.data.identity = identify(task.data.table.sequences, task.known)
+        fit_start(head, task, task.fit, o)
+    if goal.quantiles: head.quantiles.start_from(head.standardise(torch.tensor(task.data.target[task.fit])))
     return model, load_pretrained(model, pretrained) if pretrained else ()
 
 def make_plans(session, task:Task, model) -> list: # of the fit samples, of the stop samples
@@ -303,6 +315,7 @@ def finish(session, task:Task, log):
     training = session.options['training']
     read_best = lambda: load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
     predictor = read_best()
+    mix_paths(session, task, predictor, log)
     scores = dict(validation=score_part(session, 'validation', task.parts.stop, predictor, task.inputs, training, log))
     if session.options['target'].refit:
         refit_start(session, task, log)
@@ -329,6 +342,7 @@ def train(
     "Trains a model that predicts metadata columns."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
+    from aam.linear import usual_share
     from aam.session import Session
     log = logging.getLogger('aam')
 
@@ -344,7 +358,8 @@ def train(
 
     model, loaded = build_model(session, task, pretrained)
     plans = make_plans(session, task, model)
+    def start_learning(): model.heads['target'].share = usual_share
     rates = None if categories.categorical_lr is None else {'heads.target.conditioning.': categories.categorical_lr}
     session.fit(model, make_objective(target, task), *plans, 'classification' if task.goal.classes else 'regression', make_score(task, model), target.best_metric, watch='target',
-                loaded=loaded, from_start=bool(task.known), rates=rates)
+                loaded=loaded, started=start_learning if task.known else None, rates=rates)
     return finish(session, task, log)
