@@ -154,7 +154,7 @@ class TargetHead(nn.Module):
             for w in self.wide: nn.init.zeros_(w.weight)
         self.linear = LinearPath(known, outputs, [len(values) for values in (vocabulary or {}).values()], landmarks) if known else None
         if known: self.register_buffer('linear_shift', torch.zeros(outputs, *([len(quantiles)] if quantiles else []))) # of its outputs, where the loss asks for more than a mean
-        self.share = 1. # of the linear path in a prediction
+        self.share = 0. # of the linear path in a prediction
         self.conditioning = Conditioning(categories, vocabulary, D, options.attention_heads, outputs) if vocabulary else None
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
         self.log_output_scale, self.output_bias = (nn.Parameter(torch.zeros(outputs)) for _ in range(2)) if head.learnable_output_scale else (None, None)
@@ -184,7 +184,7 @@ class TargetHead(nn.Module):
         categories:Tensor=None, # where the head is conditioned on them, (B, C)
     ) -> Tensor: # on the learnt scale, (B, O), or (B, O, Q) with quantiles
         out = self.learnt(x, categories)
-        if self.linear is not None and not self.training: out = out.lerp(self.start(x, categories), self.share)
+        if self.share: out = out.lerp(self.start(x, categories), self.share)
         centre, scale = map(self.per_output, self.units())
         return self.link.forward(centre + scale*out)
 

@@ -209,7 +209,7 @@ def tell_first_step(self:Session, optimizer):
 
 # %% ../nbs/29_session.ipynb #8f16b6f0
 @patch
-def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), started=None, rates:dict=None) -> Training:
+def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), rates:dict=None) -> Training:
     "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
     options, seed = self.options['training'], self.options['run'].seed
     self.choose_batch_size(model, objective, train, stop)
@@ -225,7 +225,7 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
     self.tell_first_step(t.optimizer)
     with tf32(options.tf32, self.device):
-        fit_epochs(t, mode, score, metric, save_best, save_last, watch, started, self.record, lambda t, line: log.info(epoch_line(t, line)))
+        fit_epochs(t, mode, score, metric, save_best, save_last, watch, self.record, lambda t, line: log.info(epoch_line(t, line)))
     self.step = t.step
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
     log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")

@@ -204,16 +204,13 @@ def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the 
 def mix_paths(session, task:Task, predictor, log):
     "Chooses the linear path's share of a prediction, and writes it to `best_model.pt`."
     from aam.checkpoint import load_checkpoint, save_checkpoint
-    from aam.linear import choose_share
-    from aam.metadata import get_column
-    state, head, ids, inputs, group = load_checkpoint(session.folder.best), predictor.model.heads['target'], task.parts.stop, task.inputs, session.options['split'].group_column
-    if head.linear is None or state['epoch'] == 0: return
-    said, training = [], session.options['training']
-    for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, ids, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size)))
-    groups = get_column(inputs.frame, group).loc[ids].fillna('').astype(str).to_numpy() if group else None
-    head.share = choose_share(*said, task.actual[task.stop], groups)
-    save_checkpoint(state | dict(share=head.share), session.folder.best)
-    log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt since')
+    from aam.linear import linear_share
+    head, inputs, training, said = predictor.model.heads['target'], task.inputs, session.options['training'], []
+    if head.linear is None: return
+    for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size)))
+    head.share = linear_share(*said, task.actual[task.stop])
+    save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share), session.folder.best)
+    log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt in training')
 
 def refit_start(session, task:Task, log):
     "Fits the linear path of the best model anew on the fit and stop samples; the model before is kept as `before_refit.pt`."
@@ -342,7 +339,6 @@ def train(
     "Trains a model that predicts metadata columns."
     import logging
     from aam.checkpoint import load_checkpoint, pretrained_options
-    from aam.linear import usual_share
     from aam.session import Session
     log = logging.getLogger('aam')
 
@@ -358,8 +354,7 @@ def train(
 
     model, loaded = build_model(session, task, pretrained)
     plans = make_plans(session, task, model)
-    def start_learning(): model.heads['target'].share = usual_share
     rates = None if categories.categorical_lr is None else {'heads.target.conditioning.': categories.categorical_lr}
     session.fit(model, make_objective(target, task), *plans, 'classification' if task.goal.classes else 'regression', make_score(task, model), target.best_metric, watch='target',
-                loaded=loaded, started=start_learning if task.known else None, rates=rates)
+                loaded=loaded, rates=rates)
     return finish(session, task, log)

@@ -206,7 +206,6 @@ def fit(t:Training,
     save_best=None, # called with the best weights in the model, and the scores
     save_last=None, # called with the training state
     watch:str='total', # whose validation loss is `val_loss`: a task, or the weighted total
-    started=None, # called when the untrained weights have been judged; without it they are not
     record:Record=None,
     report=None, # called with each epoch's line
 ) -> Training:
@@ -222,9 +221,6 @@ def fit(t:Training,
         return scores
 
     try:
-        if started:
-            if t.step == 0: judge()
-            started()
         while t.epoch < t.options.epochs and t.waited < t.options.patience:
             trained = train_epoch(t, mode, record)
             t.epoch += 1
