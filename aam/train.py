@@ -187,9 +187,10 @@ def fit_start(head, task:Task, samples, options):
     groups = get_column(task.inputs.frame, group).iloc[samples].fillna('').astype(str).to_numpy() if group else None
     if path.landmarks is not None: path.landmarks.place(task.data, choose_landmarks(samples, options['target'].landmarks, seed))
     features = linear_features(task.data, samples, path.sizes, path.landmarks)
-    weights, bias, left_out, _ = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more)
+    shifted = bool({'quantile', 'asymmetric'} & set(options['target'].loss_types)) and not task.goal.classes
+    weights, bias, _, left_out = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more, shifted)
     path.set(weights, bias + shift)
-    if not task.goal.classes: shift_start(head, task.data.target[samples], left_out, options['target'])
+    if shifted: shift_start(head, task.data.target[samples], left_out, options['target'])
 
 def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the learnt scale (N, O), out-of-fold outputs (N, O)
     "Lets the linear path predict what the loss asks for: quantiles of its out-of-fold errors, for an asymmetric loss the one that it aims at."

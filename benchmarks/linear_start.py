@@ -44,7 +44,7 @@ def start(data, z, samples, groups, classes:int, landmarks:int):
         more = Landmarks(len(known), len(chosen)); more.place(data, chosen)
         sizes = [more.combine.shape[1]]
     X = linear_features(data, range(len(z)), (), more)
-    weights, bias, _, _ = fit_linear(X[samples], z[samples], classes, groups[samples], 42, sizes)
+    weights, bias, *_ = fit_linear(X[samples], z[samples], classes, groups[samples], 42, sizes)
     return X @ weights + bias
 
 def trees(data, z, samples, classes:int):
