@@ -6,9 +6,9 @@
 __all__ = ['commands', 'load_command', 'overview', 'run_command', 'main']
 
 # %% ../nbs/40_cli.ipynb #dfb81a2e
-import importlib, os, sys
+import importlib, os, sys, time
 
-from .config import AamError, categorical_help, command_parser, nearest, parse_command
+from .config import AamError, Interrupted, categorical_help, command_parser, nearest, parse_command
 
 # %% ../nbs/40_cli.ipynb #d60dfefd
 commands = {
@@ -44,7 +44,9 @@ def run_command(argv:list[str]):
     function, name = load_command(argv[0]), f'aam {argv[0]}'
     if argv[0] in ('train', 'evaluate') and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
     if {'-h', '--help'} & set(argv[1:]): return print(command_parser(function, name).format_help())
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise AamError(f"started with {os.environ['WORLD_SIZE']} processes, this version trains with one; use --nproc_per_node=1")
+    if argv[0] not in ('pretrain', 'train') and {'WORLD_SIZE', 'SLURM_STEP_ID'} & os.environ.keys():
+        from aam.distributed import launched
+        if launched()[1] > 1: raise AamError(f'started with {launched()[1]} processes: aam {argv[0]} needs one')
     return function(**parse_command(function, argv[1:], name))
 
 def main(argv:list[str]=None) -> int:
@@ -53,8 +55,11 @@ def main(argv:list[str]=None) -> int:
     try: result = run_command(argv)
     except AamError as error:
         if '--debug' in argv: raise
-        print(f'aam: {error}', file=sys.stderr)
+        rank = int(os.environ.get('RANK') or (os.environ.get('SLURM_PROCID', 0) if 'SLURM_STEP_ID' in os.environ else 0))
+        if rank: time.sleep(1) # rank 0 most likely says the same, and then the others are ended
+        print(f"aam{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
+    except Interrupted as told: return told.code
     except KeyboardInterrupt:
         print('aam: interrupted', file=sys.stderr)
         return 130

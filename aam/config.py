@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names', 'optimizer_names', 'scheduler_names',
-           'precision_names', 'compile_names', 'mask_strategy_names', 'unifrac_metric_names', 'fusion_names',
-           'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names', 'device_names',
-           'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options', 'preset_names',
-           'presets', 'started', 'AamError', 'nearest', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths',
-           'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
-           'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes',
-           'check_start', 'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions',
-           'RunOptions', 'field_comments', 'command', 'build_options', 'command_parser', 'parse_command',
-           'option_table']
+           'precision_names', 'compile_names', 'share_names', 'mask_strategy_names', 'unifrac_metric_names',
+           'fusion_names', 'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names',
+           'device_names', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options',
+           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'Bounds', 'Number', 'choice',
+           'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions',
+           'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions',
+           'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale', 'split_names',
+           'CategoryOptions', 'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments', 'command',
+           'build_options', 'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, sys, time
@@ -31,6 +31,11 @@ def nearest(name:str, known) -> list[str]:
     "The entries of `known`, most similar to `name` first."
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio())
 
+# %% ../nbs/00_config.ipynb #e5a70002
+class Interrupted(SystemExit):
+    "Training was told to stop, and its state is saved."
+    def __init__(self): super().__init__(75)
+
 # %% ../nbs/00_config.ipynb #7849b6f7
 asv_sampling_names = 'first', 'abundance', 'random'
 target_transform_names = 'none', 'minmax', 'zscore', 'zscore-category', 'log-minmax', 'log-zscore'
@@ -39,6 +44,7 @@ optimizer_names = 'adamw', 'adam', 'sgd'
 scheduler_names = 'warmup_cosine', 'cosine_restarts', 'plateau', 'onecycle'
 precision_names = 'bf16', 'fp16', 'none'
 compile_names = 'on', 'off', 'auto'
+share_names = 'auto', 'on', 'off'
 mask_strategy_names = 'random', 'span'
 unifrac_metric_names = 'unweighted', 'weighted', 'weighted_unnormalized', 'generalized', 'faith_pd'
 fusion_names = 'concat', 'add', 'gmu', 'cross-attention', 'perceiver'
@@ -222,7 +228,7 @@ class TargetOptions(Options):
     val_prediction_passes:Number(int, 1)=4 # rarefactions whose predictions are averaged, in the final scores and, unless told otherwise, in predict
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
-    linear_start:Flag=True # average with a penalised linear model on the training ASVs
+    linear_start:Flag=True # average what is learnt with a penalised linear model on the training ASVs
     landmarks:Number(int, 0)=1000 # training samples that the linear start also compares a sample with (Bray-Curtis and Jaccard); 0: none
     refit:Flag=True # once the best epoch is chosen, fit the linear start anew on the samples to fit and to stop on; what is predicted for the latter is of the model before
 
@@ -398,6 +404,33 @@ class TrainingOptions(Options):
 scheduler_options = dict(scheduler_t0=['cosine_restarts'], scheduler_t_mult=['cosine_restarts'], scheduler_eta_min=['warmup_cosine', 'cosine_restarts', 'onecycle'],
                          scheduler_patience=['plateau'], scheduler_factor=['plateau'])
 
+
+# %% ../nbs/00_config.ipynb #d1570051
+@dataclass
+class ParallelOptions(Options):
+    "Several GPUs"
+    distributed:bool=False # DDP: a copy of the model on each GPU, one process each (torchrun or srun); --batch-size is that of one process
+    fsdp:bool=False # FSDP: a shard of the model on each GPU, one process each (torchrun or srun); --batch-size is that of one process
+    data_parallel:bool=False # DataParallel: one process spreads each batch over the GPUs of this machine; --batch-size is that of all of them
+    gather_unifrac:Flag=None # compare each sample with those of all GPUs in the UniFrac loss (without it: on, with --distributed off)
+    share_asvs:choice(share_names)='auto' # deal the distinct ASVs of all processes' samples evenly, so that none is encoded twice; auto: wherever there are several processes
+
+    @property
+    def strategy(self):
+        "The one that was asked for."
+        return next((name for name, on in (('distributed', self.distributed), ('fsdp', self.fsdp), ('data-parallel', self.data_parallel)) if on), None)
+
+    @property
+    def all_pairs(self): return self.strategy != 'distributed' if self.gather_unifrac is None else self.gather_unifrac
+
+    def check(self):
+        asked = [option_name(name) for name in ('distributed', 'fsdp', 'data_parallel') if getattr(self, name)]
+        if len(asked) > 1: raise AamError(f"{' and '.join(asked)} exclude each other: choose one")
+        if not self.distributed and not self.fsdp:
+            if 'gather_unifrac' in self.given: raise AamError(f"--{'' if self.gather_unifrac else 'no-'}gather-unifrac: belongs to --distributed or --fsdp; leave it out or add one of them")
+            if 'share_asvs' in self.given and self.share_asvs == 'on': raise AamError('--share-asvs on: belongs to --distributed or --fsdp; leave it out or add one of them')
+
+# %% ../nbs/00_config.ipynb #d1570054
 preset_names = 'small', 'medium', 'large'
 
 @dataclass
@@ -408,6 +441,8 @@ class RunOptions(Options):
     seed:int=42 # seed of split, weights, masks and order
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
+    save_every_steps:Number(int, 1)=None # save the state of training also within an epoch, after as many optimizer steps
+    keep_checkpoints:Number(int, 1)=2 # how many states of training to keep: last.pt and those before it
 
 # %% ../nbs/00_config.ipynb #663448dd
 presets = {

@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['Batch', 'Draw', 'stack_rows', 'hide_asvs', 'distinct_rows', 'kmers_of_tokens', 'SampleData', 'view_draw',
            'limit_asvs', 'draw_views', 'draws_to_csr', 'true_unifrac', 'nucleotide_task', 'compact', 'make_batch',
-           'candidate_tensors', 'group_rows', 'token_tensors', 'Plan', 'pick_workers', 'loader', 'all_unifrac']
+           'candidate_tensors', 'group_rows', 'token_tensors', 'Deal', 'pieces', 'asv_use', 'needed_rows', 'lay_out',
+           'part_tokens', 'masked_copies', 'part_samples', 'take_part', 'Plan', 'obey_parent', 'pick_workers', 'loader',
+           'all_unifrac']
 
 # %% ../nbs/06_data.ipynb #690102b3
-import os
+import os, signal, threading
 import numpy as np
 import torch
+import torch.nn.functional as F
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from .table import Table, choose_asvs, draw_rng, relative_abundance, target_draw, unifrac_draw
@@ -45,7 +49,11 @@ class Batch:
     nuc_truth:torch.Tensor=None # the hidden base, 0-3 for ACGT, (n,)
     states:object=None # kept sample states of a frozen encoder, in place of all above
     asvs_read:int=0 # slots of all rows that hold an ASV
+    whole:int=0 # samples of the batch that this is a part of; without parts its own
+    column:int=0 # of `unifrac`: which one is about the first sample
+    shared:bool=False # are its token rows a part of those that `token_row` counts, the other parts having the others?
 
+    def __post_init__(self): self.whole = self.whole or len(self)
     def __len__(self): return len(self.sample_ids)
 
     def rows(self, view:str) -> slice:
@@ -277,6 +285,126 @@ def token_tensors(data:SampleData, rows, nucleotides:bool, step:int, extra:dict)
     copied, copies, positions, truth = nucleotide_task(data, rows, step)
     return *group_rows(data, rows, copied, copies, data.mask_in_place), extra | dict(nuc_positions=torch.from_numpy(positions), nuc_truth=torch.from_numpy(truth))
 
+# %% ../nbs/06_data.ipynb #d1570602
+@dataclass(frozen=True)
+class Deal:
+    "Which part of each batch to take."
+    part:int=0 # its number
+    parts:int=1 # how many there are
+    shared:bool=False # deal token rows evenly, to be brought together once they are encoded?
+    all_pairs:bool=False # distances from the part's samples to those of all parts, or just among each other?
+
+def pieces(x:torch.Tensor, parts:int) -> list:
+    "`x` in pieces of one length; the last ones may be shorter, or empty."
+    size = -(-len(x)//parts)
+    return [x[p*size:(p + 1)*size] for p in range(parts)]
+
+def asv_use(batch:Batch, parts:int) -> tuple: # (parts, U) each
+    "Which ASVs the samples of each part read, and which ones the part holds: for samples that count for nothing, one more."
+    size = -(-len(batch)//parts)
+    part = torch.arange(len(batch), device=batch.index.device) // size
+    read = torch.zeros(parts, len(batch.token_row), dtype=torch.bool, device=batch.index.device)
+    for index, real in ((batch.index, batch.mask), *([] if batch.candidates is None else [(batch.candidates, batch.candidate_weight > 0)])):
+        read[part.repeat(len(index)//len(batch))[:, None].expand_as(index)[real], index[real]] = True
+    held = read.clone()
+    for p in range(len(batch)//size, parts): held[p, batch.index[len(batch) - 1::len(batch), 0]] = True
+    return read, held
+
+# %% ../nbs/06_data.ipynb #d1570605
+def needed_rows(batch:Batch, held:torch.Tensor, deal:Deal) -> torch.Tensor: # (parts, U) -> (parts, T)
+    "The token rows of each part."
+    needed, copies, start = torch.zeros(deal.parts, len(batch.tokens), dtype=torch.bool, device=held.device), [], 0
+    for n, masked, _ in batch.groups:
+        rows = start + torch.arange(n, device=held.device)
+        for dealt in (rows[:masked], rows[masked:]) if deal.shared else (rows[:masked],):
+            for p, own in enumerate(pieces(dealt, deal.parts)): needed[p, own] = True
+        copies.append(rows[:masked]); start += n
+    copies = torch.cat(copies)
+    for own, asvs in zip(needed, held):
+        if not own[copies].any(): own[copies[:1]] = True # the head of the nucleotide task has something to read in every part
+        if not deal.shared: own[batch.token_row[asvs]] = True
+        own[0] |= ~own.any()
+    return needed
+
+def lay_out(batch:Batch, needed:torch.Tensor, part:int) -> tuple: # groups of the part, its rows (n,), the place of each row in each part (parts, T), and among the part's masked copies (T,)
+    "Groups of token rows that are equally long in all parts."
+    groups, rows, place, copy, start, copies_before = [], [], torch.zeros_like(needed, dtype=torch.long), torch.zeros_like(batch.tokens[:, 0], dtype=torch.long), 0, 0
+    for n, copies, ragged in batch.groups:
+        inside = slice(start, start + n)
+        mine = needed[:, inside]
+        size, masked = int(mine.sum(1).max()), int(mine[:, :copies].sum(1).max())
+        place[:, inside] = sum(map(len, rows)) + mine.cumsum(1) - 1
+        copy[inside] = copies_before + mine[part].cumsum(0) - 1
+        own = mine[part].nonzero()[:, 0]
+        rows.append(start + F.pad(own, (0, size - len(own)))) # what fills it up is read by nobody
+        if size: groups.append((size, masked, ragged))
+        start, copies_before = start + n, copies_before + masked
+    return tuple(groups), torch.cat(rows), place, copy
+
+def part_tokens(batch:Batch, held:torch.Tensor, deal:Deal) -> tuple: # fields of the part; where it finds the row of each token row (T,)
+    "Token rows and the nucleotide task of a part."
+    needed = needed_rows(batch, held, deal)
+    groups, rows, place, copy = lay_out(batch, needed, deal.part)
+    found, where = dict(groups=groups, tokens=batch.tokens[rows], shared=deal.shared), place[deal.part]
+    if deal.shared: where = (place + torch.arange(deal.parts, device=rows.device)[:, None]*len(rows)).gather(0, needed.long().argmax(0)[None])[0]
+    if batch.nuc_positions is None: return found, where
+    L, copies, owner = batch.tokens.shape[1], *masked_copies(batch.groups, deal.parts, rows.device)
+    masked = batch.nuc_positions // L
+    own = owner[masked] == deal.part
+    positions, truth = copy[copies[masked[own]]]*L + batch.nuc_positions[own] % L, batch.nuc_truth[own]
+    if not len(truth): positions, truth = positions.new_zeros(1), truth.new_full((1,), -100)
+    return found | dict(nuc_positions=positions, nuc_truth=truth), where
+
+def masked_copies(groups, parts:int, device='cpu') -> tuple: # (M,) each
+    "The token row of each masked copy, and the part whose bases it asks about."
+    rows, owner, start = [], [], 0
+    for n, copies, _ in groups:
+        number = torch.arange(copies, device=device)
+        rows.append(start + number); owner.append(number // max(-(-copies//parts), 1))
+        start += n
+    return torch.cat(rows), torch.cat(owner)
+
+# %% ../nbs/06_data.ipynb #d1570607
+def part_samples(batch:Batch, deal:Deal) -> tuple: # fields of the part, its samples (n,), which of them are real (n,)
+    "What there is of each sample of a part; what fills it up counts for nothing."
+    B, n = len(batch), -(-len(batch)//deal.parts)
+    some = next(x for x in (batch.index, batch.target) if x is not None)
+    at = deal.part*n + torch.arange(n, device=some.device)
+    at, real = at.clamp_max(B - 1), at < B
+    def take(x, fill): return None if x is None else torch.where(real.view(-1, *[1]*(x.ndim - 1)), x[at], fill)
+    ids = batch.sample_ids[deal.part*n:(deal.part + 1)*n]
+    target, unifrac, column = batch.target, take(batch.unifrac, float('nan')), 0
+    if unifrac is not None and unifrac.ndim == 2:
+        if deal.all_pairs: unifrac, column = F.pad(unifrac, (0, n*deal.parts - B), value=float('nan')), deal.part*n
+        else: unifrac = torch.where(real, unifrac[:, at], float('nan'))
+    return dict(sample_ids=ids + ['']*(n - len(ids)), whole=batch.whole, column=column, unifrac=unifrac, categories=take(batch.categories, 0),
+                target=None if target is None else take(target, float('nan') if target.is_floating_point() else -1), candidates=take(batch.candidates, 0), candidate_weight=take(batch.candidate_weight, 0.),
+                candidate_present=take(batch.candidate_present, 0.), candidate_log_ratio=take(batch.candidate_log_ratio, float('nan'))), at, real
+
+def take_part(batch:Batch, deal:Deal) -> Batch:
+    "The part of `batch` that `deal` says."
+    samples, at, real = part_samples(batch, deal)
+    if batch.states is not None:
+        states = batch.states.part(at, real)
+        return replace(batch, **samples, states=states, asvs_read=batch.asvs_read*sum(map(bool, samples['sample_ids']))//len(batch))
+    read, held = asv_use(batch, deal.parts)
+    tokens, row_of = part_tokens(batch, held, deal)
+    rows, real = torch.cat([at + i*len(batch) for i in range(len(batch.views))]), real.repeat(len(batch.views))
+    mask = batch.mask[rows] & real[:, None]
+    asvs_read, width = int(mask.sum()), max(int(mask.sum(1).max()), 1)
+    mask[:, 0] |= ~real
+    asvs = held[deal.part].nonzero()[:, 0]
+    new = torch.zeros_like(batch.token_row).index_copy_(0, asvs, torch.arange(len(asvs), device=asvs.device))
+    weight = batch.asv_weight * read[deal.part] / read.sum(0).clamp_min(1)
+    if batch.candidates is not None: samples['candidates'] = new[samples['candidates']]
+    return replace(batch, **samples, **tokens, token_row=row_of[batch.token_row[asvs]], kmers=batch.kmers[asvs], asv_weight=weight[asvs], identity=None if batch.identity is None else batch.identity[asvs],
+                   index=new[batch.index[rows]][:, :width], mask=mask[:, :width], abundance=(batch.abundance[rows]*real[:, None])[:, :width], asvs_read=asvs_read)
+
+@patch
+def split(self:Batch, parts:int) -> list:
+    "The batch in `parts` parts."
+    return [take_part(self, Deal(p, parts)) for p in range(parts)]
+
 # %% ../nbs/06_data.ipynb #43b145d6
 @dataclass
 class Plan:
@@ -285,8 +413,9 @@ class Plan:
     samples:list # indices into the table
     views:tuple # row groups
     nucleotides:bool # with the nucleotide task?
-    batch_size:int
+    batch_size:int # samples in a batch, all parts of it together
     training:bool=False # shuffled, and with random depths in the target view
+    deal:Deal=None # which part of each batch to take; None: all of it
     ready = False # batches take work to make
     _kept:dict=field(default_factory=dict, init=False, repr=False, compare=False) # loaders whose processes live on
     _drawn:tuple=field(default=(None, None), init=False, repr=False, compare=False) # epoch and its order
@@ -300,11 +429,29 @@ class Plan:
 
     def close(self): "Ends the processes that prepared batches."; self._kept.clear()
 
+    def spread(self, deal:Deal|None):
+        "From now on takes that part of each batch."
+        self.close()
+        self.deal = deal
+
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`."
         samples = self.order(epoch)[k*self.batch_size:(k + 1)*self.batch_size]
-        return make_batch(self.data, samples, self.views, self.nucleotides, epoch, epoch*len(self) + k, self.training)
+        batch = make_batch(self.data, samples, self.views, self.nucleotides, epoch, epoch*len(self) + k, self.training)
+        return batch if self.deal is None else take_part(batch, self.deal)
 
+
+# %% ../nbs/06_data.ipynb #e5a70604
+def obey_parent(worker:int):
+    "Lets nobody but its parent end this process by SIGTERM, and nobody by SIGUSR1."
+    def wait():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid(): pass
+        os._exit(0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=wait, daemon=True).start()
+
+# %% ../nbs/06_data.ipynb #e5a70605
 @dataclass
 class _Batches:
     plan:Plan
@@ -325,7 +472,7 @@ class _Ahead:
     "Batches made by `workers` processes. What follows an epoch is begun before it ends: nobody waits for its first batch."
     def __init__(self, plan:Plan, workers:int, pin:bool):
         self.plan, self.order, self.batches = plan, _Order(plan), None
-        self.loader = DataLoader(_Batches(plan), batch_size=None, sampler=self.order, num_workers=workers, pin_memory=pin, persistent_workers=True)
+        self.loader = DataLoader(_Batches(plan), batch_size=None, sampler=self.order, num_workers=workers, pin_memory=pin, persistent_workers=True, worker_init_fn=obey_parent)
 
     def epoch(self, epoch:int, start:int):
         for k in range(start, len(self.plan)):
@@ -336,7 +483,7 @@ class _Ahead:
 
 def pick_workers(asked:int|None, device:str) -> int:
     "Processes that prepare batches: as asked, else up to four beside a GPU and none beside a CPU."
-    return asked if asked is not None else 0 if device == 'cpu' else min(4, len(os.sched_getaffinity(0)) - 1)
+    return asked if asked is not None else 0 if device == 'cpu' else min(4, max(0, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1)) # which torchrun says, whose ranks share the cores
 
 def loader(plan:Plan, epoch:int=0, workers:int=0, pin:bool=False, start:int=0) -> Iterable[Batch]:
     "The batches of `epoch`, from batch `start` on, prepared by `workers` processes, which live on for the next epoch."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import EncoderOptions, unifrac_head_names, unifrac_metric_names
-from .layers import AttentionPool, RunningStandardise, Stack, masked_mean
+from .layers import AttentionPool, RunningStandardise, Stack, masked_mean, same
 from .tokens import pad_id, vocab_size
 
 # %% ../nbs/11_encoder.ipynb #64395d5a
@@ -81,6 +81,7 @@ class AsvEncoder(nn.Module):
         self.kmers = nn.EmbeddingBag(4**6 + 1, options.kmer_dim, mode='mean', padding_idx=4**6)
         self.width = options.embedding_dim + options.kmer_dim
         self.standardise = RunningStandardise(self.width) if options.standardise else None
+        self.gather = same # brings the token rows of all parts of a shared batch together
 
     def read(self,
         tokens:Tensor, # (T, L)
@@ -104,7 +105,7 @@ class AsvEncoder(nn.Module):
 
     def forward(self, batch) -> tuple: # vectors (U, D + kmer_dim), states of the masked bases (n, D) or None
         means, copies = self.read(batch.tokens, batch.groups)
-        x = self.vectors(means, batch.token_row, batch.kmers)
+        x = self.vectors(self.gather(means) if batch.shared else means, batch.token_row, batch.kmers)
         x = x if self.standardise is None else self.standardise(x, batch.asv_weight)
         return x, None if batch.nuc_positions is None else F.embedding(batch.nuc_positions, copies.flatten(0, 1))
 
@@ -158,7 +159,7 @@ class Encoder(nn.Module):
     ) -> Encoded:
         asv, masked_bases = self.asvs(batch)
         # without the abundance input every ASV of a sample counts alike, in every path
-        abundance = batch.abundance if self.options.abundance_input else batch.mask.to(batch.abundance.dtype)
+        abundance = batch.abundance if self.options.abundance_input else (batch.abundance > 0).to(batch.abundance.dtype)
         index, mask = batch.index, batch.mask
         presence = scatter_rows(mask.to(abundance.dtype), index, len(asv))
         amounts = scatter_rows(abundance, index, len(asv))
@@ -170,9 +171,13 @@ class DistanceHead(nn.Module):
     "A head that says how far apart samples are."
     needs_states = False
 
-    def predicted(self, b:Tensor) -> Tensor: # (R, K) -> (R, R)
-        "What is learnt of rows, from what `embed` gives of them."
-        return self.distance(b, b)
+    def predicted(self, b:Tensor, others:Tensor=None) -> Tensor: # (R, K), (Q, K) -> (R, Q)
+        "What is learnt of rows, from what `embed` gives of them: distances to `others`, or among each other."
+        return self.distance(b, b if others is None else others)
+
+    def _load_from_state_dict(self, state, prefix, *how):
+        if f'{prefix}scale' in state: state[f'{prefix}scale'] = state[f'{prefix}scale'].reshape(1) # in older files a number
+        super()._load_from_state_dict(state, prefix, *how)
 
 class UnionHead(DistanceHead):
     "Distances as in unweighted UniFrac, over soft branches."
@@ -238,7 +243,7 @@ class MovedHead(ShareHead):
     "Distances as in weighted UniFrac that is not normalised, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):
         super().__init__(options, asv_width)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def distance(self, a:Tensor, b:Tensor) -> Tensor: # (R, K), (Q, K) -> (R, Q)
         "Distances between samples on branches, in units of branch length."
@@ -273,10 +278,10 @@ class DiversityHead(UnionHead):
     "Faith's phylogenetic diversity, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):
         super().__init__(options, asv_width)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
-    def predicted(self, b:Tensor) -> Tensor: # (R, K) -> (R,)
-        "Diversity of rows, in units of branch length."
+    def predicted(self, b:Tensor, others:Tensor=None) -> Tensor: # (R, K) -> (R,)
+        "Diversity of rows, in units of branch length; there is nothing to compare with `others`."
         with torch.autocast(b.device.type, enabled=False): return self.scale.exp() * (b @ F.softplus(self.length)) / b.shape[1]
 
     @torch.no_grad()
@@ -294,7 +299,7 @@ class EuclidHead(DistanceHead):
         super().__init__()
         D = options.embedding_dim
         self.pool, self.out = AttentionPool(D), nn.Linear(D, D)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def embed(self, encoded:Encoded, rows:slice=slice(None)) -> Tensor: # (R, D)
         return self.out(self.pool(encoded.states[rows], encoded.mask[rows])).float()

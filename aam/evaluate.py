@@ -15,11 +15,11 @@ __all__ = ['log', 'input_files', 'movable', 'own_names', 'aam_name', 'averaged_n
 # %% ../nbs/34_evaluate.ipynb #34e00004
 import base64, hashlib, html, json, logging, os, shutil, time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-from .config import (AamError, CategoryOptions, EncoderOptions, Flag, HeadOptions, InputOptions, LossOptions, Number, Options, Required, TargetOptions, TrainingOptions,
+from .config import (AamError, CategoryOptions, EncoderOptions, Flag, HeadOptions, InputOptions, LossOptions, Number, Options, ParallelOptions, Required, TargetOptions, TrainingOptions,
                         build_options, choice, command, nearest, option_name, parse_json, preset_names, split_names, unifrac_source)
 
 log = logging.getLogger('aam')
@@ -65,7 +65,7 @@ def pretrain_given(options:dict) -> dict:
     "Options of the pre-training; an `AamError` if it has no such option, or cannot be done."
     from aam.pretrain import choose_tasks, pretrain
     evaluation, input = options['evaluation'], options['input']
-    own, extra = {'metadata', 'output_dir', 'overwrite', 'seed', 'preset', 'train_samples', 'val_samples', 'test_samples', 'group_column', 'test_size', 'resume_from', *input_files}, evaluation.pretrain_options or {}
+    own, extra = {'metadata', 'output_dir', 'overwrite', 'seed', 'preset', 'train_samples', 'val_samples', 'test_samples', 'group_column', 'test_size', 'resume_from', *input_files, *(f.name for f in fields(ParallelOptions))}, evaluation.pretrain_options or {}
     known = set(pretrain.__signature__.parameters) - own
     for name in extra:
         if name not in known: raise AamError(f'--pretrain-options: {name} is no option of pre-training here; did you mean {nearest(name, known)[0]}?')

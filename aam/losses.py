@@ -20,13 +20,13 @@ def learnt_unifrac(values:Tensor) -> Tensor: # (B, B) or (B,)
     return values if values.ndim == 2 else values.log1p()
 
 def unifrac_loss(
-    predicted:Tensor, # distances (B, B), or diversities (B,)
-    batch, # its `unifrac` holds the true ones, NaN where a pair, or a sample, does not count
+    predicted:Tensor, # distances from own samples to all (B, all), or diversities (B,)
+    batch, # its `unifrac` holds the true ones, NaN where a pair, or a sample, does not count; its `column` says which one is about the first of the own samples
     objective, # its `unifrac_variance` is that of training distances, or diversities, on the learnt scale
 ):
     "Squared error over pairs, or over samples, relative to the variance."
     valid = batch.unifrac.isfinite()
-    if valid.ndim == 2: valid = valid & torch.ones_like(valid).triu(1)
+    if valid.ndim == 2: valid = valid & torch.ones_like(valid).triu(1 + batch.column) # each pair once
     error = torch.where(valid, learnt_unifrac(predicted) - learnt_unifrac(torch.nan_to_num(batch.unifrac)), 0.)
     return error.square().sum() / objective.unifrac_variance, valid.sum()
 

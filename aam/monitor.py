@@ -55,6 +55,8 @@ class Record:
         "Training values, by our names."
         for name, value in values.items(): self.writer.add_scalar(name if '/' in name else tags[name], value, step)
 
+    def flush(self): "Writes curves that are still in memory."; self.writer.flush()
+
     def epoch(self, values:dict, epoch:int, step:int):
         "One line, and the validation scores as curves."
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()} # JSON has no NaN
@@ -91,6 +93,14 @@ class Meter:
         "Adds what `other` has seen."
         self.add(other.sums, other.samples, other.asvs)
 
+    def over_all(self, everywhere):
+        "The same over all processes that train together; `everywhere` sums a tensor over them. Waits for the GPU."
+        import torch
+        values = everywhere(torch.tensor([*[(float(t), float(n)) for t, n in self.sums.values()], (self.samples, self.asvs)], dtype=torch.double))
+        found = Meter()
+        found.sums, (found.samples, found.asvs), found.start = dict(zip(self.sums, values[:-1])), values[-1].tolist(), self.start
+        return found
+
     def means(self) -> dict:
         "Mean losses; waits for the GPU."
         return {name: float(t)/(float(n) or 1.) for name, (t, n) in self.sums.items()}
@@ -98,3 +108,6 @@ class Meter:
     def speed(self) -> dict:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return dict(samples_per_second=self.samples/seconds, asvs_per_second=self.asvs/seconds)
+
+    def state_dict(self): return dict(sums=dict(self.sums), samples=self.samples, asvs=int(self.asvs))
+    def load_state_dict(self, state): self.sums, self.samples, self.asvs = dict(state['sums']), state['samples'], state['asvs']

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'schedules', 'parameter_groups', 'make_optimizer', 'rise', 'half_cosine', 'warmup_cosine',
-           'cosine_restarts', 'onecycle', 'plateau', 'Schedule', 'AveragedWeights']
+           'cosine_restarts', 'onecycle', 'plateau', 'Schedule', 'like', 'AveragedWeights']
 
 # %% ../nbs/22_optim.ipynb #57e95769
 import math
 import torch
 from contextlib import contextmanager
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import TrainingOptions, optimizer_names, scheduler_names
 
@@ -114,6 +115,10 @@ class Schedule:
     def load_state_dict(self, state): self.best, self.waited, self.falls = state['best'], state['waited'], state['falls']
 
 # %% ../nbs/22_optim.ipynb #60093ef9
+def like(x, own): # the same numbers, as a tensor or cut into shards
+    "`x` in shards if `own` is."
+    return x if isinstance(x, DTensor) or not isinstance(own, DTensor) else distribute_tensor(x.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
 class AveragedWeights:
     "Exponential moving average of a model's floating-point state."
     def __init__(self, model, decay:float):
@@ -121,13 +126,15 @@ class AveragedWeights:
         fixed = {k for k, p in model.named_parameters() if not p.requires_grad}
         self.live = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and k not in fixed} # the model's own tensors, listed once
         self.values = {k: v.clone() for k, v in self.live.items()}
+        own = lambda tensors: [x.to_local() if isinstance(x, DTensor) else x for x in tensors.values()]
+        self.pairs = own(self.values), own(self.live) # of a model in shards, this process's
 
     @torch.no_grad()
     def update(self):
         "Moves the average towards the present weights."
         self.steps += 1
         k = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.values.values()), list(self.live.values()), k)
+        torch._foreach_lerp_(*self.pairs, k)
 
     @contextmanager
     def swapped_in(self, model):
@@ -140,4 +147,4 @@ class AveragedWeights:
     def state_dict(self): return dict(values=self.values, steps=self.steps)
     def load_state_dict(self, state):
         self.steps = state['steps']
-        for k, v in self.values.items(): v.copy_(state['values'][k])
+        for k, v in self.values.items(): v.copy_(like(state['values'][k], v))

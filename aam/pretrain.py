@@ -8,7 +8,7 @@ __all__ = ['choose_tasks', 'read_samples', 'make_plans', 'make_score', 'finish',
 # %% ../nbs/30_pretrain.ipynb #251c6aeb
 from pathlib import Path
 
-from .config import AamError, EncoderOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TrainingOptions, command, unifrac_options, unifrac_source
+from .config import AamError, EncoderOptions, InputOptions, LossOptions, ParallelOptions, RunOptions, SplitOptions, TrainingOptions, command, unifrac_options, unifrac_source
 
 # %% ../nbs/30_pretrain.ipynb #31513a42
 def choose_tasks(loss:LossOptions, input:InputOptions, encoder:EncoderOptions) -> dict:
@@ -43,7 +43,7 @@ def make_score(model, data, stop, weights:dict) -> tuple: # function from a `Val
     "What an epoch is scored by, beside its loss."
     from aam.session import UnifracScore
     unifrac = UnifracScore(data, stop) if 'unifrac' in weights else None
-    return lambda v: (unifrac(model, v) if unifrac else {}) | ({'nuc_accuracy': v.means['nuc_accuracy']} if 'nuc' in weights else {}), unifrac
+    return lambda v, model=model: (unifrac(model, v) if unifrac else {}) | ({'nuc_accuracy': v.means['nuc_accuracy']} if 'nuc' in weights else {}), unifrac
 
 def finish(session, model, objective, plans, score, unifrac, inputs, log):
     "Scores and plots of the best epoch; the `Run`."
@@ -53,7 +53,7 @@ def finish(session, model, objective, plans, score, unifrac, inputs, log):
     from aam.trainer import validate
     fit, data, folder = plans[0].samples, plans[0].data, session.folder
     v = validate(model, plans[1], objective, session.device)
-    scores = {'val_loss': v.means['total'], **score(v)}
+    scores = {'val_loss': v.means['total'], **score(v, model)}
     if 'nuc_accuracy' in scores: scores['nuc_majority_accuracy'] = majority_accuracy(data, fit, plans[1])
     if unifrac: scores |= unifrac.beside(data, inputs, fit)
     report(log, scores)
@@ -81,6 +81,7 @@ def pretrain(
     training:TrainingOptions,
     split:SplitOptions,
     run:RunOptions,
+    parallel:ParallelOptions,
     metadata:Path=None, # table of sample metadata, for --group-column
 ):
     "Pre-trains an encoder on UniFrac distances (or Faith's phylogenetic diversity), masked nucleotides and hidden counts."
@@ -90,7 +91,7 @@ def pretrain(
     from aam.session import Session, count_deviation, unifrac_variance
     log = logging.getLogger('aam')
 
-    session = Session('pretrain', input=input, loss=loss, encoder=encoder, training=training, split=split, run=run)
+    session = Session('pretrain', input=input, loss=loss, encoder=encoder, training=training, split=split, run=run, parallel=parallel)
     weights = choose_tasks(loss, input, encoder)
     inputs, parts, data, fit, stop = read_samples(session, metadata)
     units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in weights else 1., count_deviation=count_deviation(data, fit))
@@ -100,5 +101,6 @@ def pretrain(
     torch.manual_seed(run.seed)
     model = Model(encoder, tuple(weights), checkpointing=training.gradient_checkpointing, chunk_size=training.asv_chunk_size)
     objective, (score, unifrac) = Objective(weights, **units), make_score(model, data, stop, weights)
-    session.fit(model, objective, *plans, 'pretrain', score)
-    return finish(session, model, objective, plans, score, unifrac, inputs, log)
+    t = session.fit(model, objective, *plans, 'pretrain', score)
+    if not session.ranks.lead: return
+    return finish(session, t.model, objective, plans, score, unifrac, inputs, log)

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'own_files', 'changeable', 'Run', 'start_messages', 'write_messages_to', 'RunFolder', 'find_resume',
-           'resumed_options']
+           'newest_state', 'resumed_options', 'StopSignals']
 
 # %% ../nbs/27_run.ipynb #aec4b8b6
-import json, logging, logging.handlers, shutil, sys
+import json, logging, logging.handlers, shutil, signal, sys, threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .config import AamError, Options, RunOptions, option_name
+from .config import AamError, Interrupted, Options, RunOptions, option_name
 
 log = logging.getLogger('aam')
 
@@ -35,10 +35,10 @@ class _Plain(logging.Formatter):
     def format(self, record):
         return ('' if record.levelno < logging.WARNING else record.levelname.lower() + ': ') + record.getMessage()
 
-def start_messages() -> logging.handlers.MemoryHandler:
-    "Shows the messages of aam on the terminal and keeps them for `training.log`."
+def start_messages(lead:bool=True) -> logging.handlers.MemoryHandler:
+    "Shows the messages of aam on the terminal and keeps them for `training.log`; a process that is not the `lead` of those that train together says nothing."
     for handler in [*log.handlers]: log.removeHandler(handler); handler.close()
-    log.setLevel(logging.INFO); log.propagate = False
+    log.setLevel(logging.INFO if lead else logging.CRITICAL); log.propagate = False
     terminal, kept = _Terminal(), logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
     terminal.setFormatter(_Plain())
     log.addHandler(terminal); log.addHandler(kept)
@@ -81,24 +81,33 @@ class RunFolder:
     def write_json(self, name:str, values:dict): (self.path/name).write_text(json.dumps(values, indent=1, default=str) + '\n')
 
 # %% ../nbs/27_run.ipynb #74e25ea1
-changeable = {'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 'trust_unifrac', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
-              'overwrite', 'device', 'num_workers', 'epochs', 'patience', 'gradient_checkpointing', 'asv_chunk_size', 'preset'}
+changeable = {'save_every_steps', 'keep_checkpoints', 'table', 'sequences', 'metadata', 'unifrac_matrix', 'faith_pd', 'trust_unifrac', 'tree', 'train_samples', 'val_samples', 'test_samples', 'pretrained_encoder', 'output_dir', 'resume_from',
+              'overwrite', 'device', 'num_workers', 'epochs', 'patience', 'gradient_checkpointing', 'asv_chunk_size', 'preset', 'distributed', 'fsdp', 'data_parallel', 'share_asvs'}
 
 def find_resume(run:RunOptions, kind:str) -> dict|None:
     "The state that `--resume-from` asks for; None for a fresh start."
     if run.resume_from is None: return None
     from aam.checkpoint import load_checkpoint # here, because it loads PyTorch, which the messages of aam unifrac do without
-    path = RunFolder(run.output_dir).last if str(run.resume_from) == 'auto' else run.resume_from
-    if str(run.resume_from) == 'auto' and not path.exists():
-        log.info(f'nothing to resume in {run.output_dir}: starting afresh')
+    auto = str(run.resume_from) == 'auto'
+    path = Path(run.output_dir) if auto else run.resume_from
+    if auto or path.is_dir() and path.suffix != '.dcp': state = newest_state(path, kind)
+    else: state = load_checkpoint(path, kinds=(kind,), part='training') | dict(path=path)
+    if state is None:
+        if not auto: raise AamError(f'--resume-from {path}: holds no intact last.pt; give the folder of a run, or start a new one')
+        log.info(f'nothing to resume in {path}: starting afresh')
         return None
-    if path.is_dir(): path = RunFolder(path).last
-    state = load_checkpoint(path, kinds=(kind,), part='training')
-    other = RunFolder(path.parent.parent)
+    other = RunFolder(state['path'].parent.parent)
     if other.path.resolve() != Path(run.output_dir).resolve() and RunFolder(run.output_dir).holds_a_run():
-        raise AamError(f'--output-dir {run.output_dir}: holds another run than {path}; give another folder')
-    state['path'] = path
+        raise AamError(f"--output-dir {run.output_dir}: holds another run than {state['path']}; give another folder")
     return state
+
+def newest_state(folder:Path, kind:str) -> dict|None:
+    "The newest state of training in `folder` that is intact; None where there is none."
+    from aam.checkpoint import DamagedCheckpoint, kept_checkpoints, load_checkpoint
+    last = RunFolder(folder).last
+    for path in [*kept_checkpoints(last), *kept_checkpoints(last.with_suffix('.dcp'))]: # in shards, if the run was under --fsdp
+        try: return load_checkpoint(path, kinds=(kind,), part='training') | dict(path=path)
+        except DamagedCheckpoint: log.warning(f'{path}: damaged, passed over')
 
 def resumed_options(options:Options, stored:dict) -> Options:
     "`options` as stored, where the user may not change them."
@@ -110,3 +119,19 @@ def resumed_options(options:Options, stored:dict) -> Options:
         setattr(options, f.name, stored[f.name])
     for name in {'epochs', 'patience'} & set(stored) - options.given: setattr(options, name, stored[name])
     return options
+
+# %% ../nbs/27_run.ipynb #e5a72703
+class StopSignals:
+    "Within the block SIGTERM and SIGUSR1 are noted instead of obeyed; called, it says whether one has come."
+    def __init__(self): self.received = None
+    def __call__(self) -> bool: return self.received is not None
+    def _note(self, number, frame): self.received = signal.Signals(number).name
+
+    def __enter__(self):
+        main = threading.current_thread() is threading.main_thread() # no other thread may have handlers
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)} if main else {}
+        return self
+
+    def __exit__(self, kind, *_):
+        ending = kind is Interrupted # on the way out, and not to be hurried
+        for s, handler in self.before.items(): signal.signal(s, signal.SIG_IGN if ending else handler)

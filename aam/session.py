@@ -17,9 +17,10 @@ from dataclasses import replace
 from fastcore.basics import patch
 
 from .blocks import find_device
-from .checkpoint import describe_model, load_checkpoint, save_checkpoint
-from .config import AamError, started
+from .checkpoint import ShardWriter, build_model, describe_model, load_checkpoint, put_in_place, save_checkpoint
+from .config import AamError, Interrupted, option_name, started
 from .data import Plan, SampleData, all_unifrac
+from .distributed import launched, start_ranks
 from .diagnosis import quick_check
 from .figures import loss_curves, save_figure
 from .inputs import Inputs, read_split
@@ -29,7 +30,7 @@ from .metrics import counted_values, distance_scores, reachable_r2
 from .monitor import Meter, Record, read_metrics
 from .layers import RunningStandardise
 from .predictor import Model, prime
-from .run import RunFolder, find_resume, resumed_options, start_messages, write_messages_to
+from .run import RunFolder, StopSignals, find_resume, resumed_options, start_messages, write_messages_to
 from .states import KeptStates
 from .trainer import Training, Validation, compile_model, fit as fit_epochs, pick_precision, train_step
 
@@ -132,16 +133,20 @@ class Session:
     def __init__(self, kind:str, **options):
         self.kind, self.options = kind, options
         self.started = started.pop('command', time.perf_counter())
-        self.messages = start_messages()
+        self.messages = start_messages(launched()[0] == 0)
         run = options['run']
+        self.device = pick_device(options['training'].device)
+        self.ranks = start_ranks(options['parallel'].strategy, self.device)
         self.folder = RunFolder(run.output_dir)
+        if self.ranks.strategy == 'fsdp': self.folder.last = self.folder.last.with_suffix('.dcp') # in shards
         self.folder.check(run)
         self.resumed = find_resume(run, kind)
         if self.resumed:
-            for name, o in options.items(): resumed_options(o, self.resumed['options'][name])
-        self.device = pick_device(options['training'].device)
+            for name, o in options.items(): resumed_options(o, self.resumed['options'].get(name, {}))
+        options['parallel'].gather_unifrac = options['parallel'].all_pairs # as it is to stay if the run is resumed
         pick_precision(options['training'].mixed_precision, self.device) # before anything slow
         self.compiled = pick_compile(options['training'].compile_model, self.device)
+        self.ranks.barrier() # all have looked at the folder before the lead writes to it
 
 # %% ../nbs/29_session.ipynb #fc28ba43
 @patch
@@ -159,17 +164,24 @@ def split(self:Session, inputs:Inputs, classes=None) -> Split:
 @patch
 def open(self:Session, inputs:Inputs, split:Split, facts:dict):
     "Makes the folder and writes what is known before training."
+    self.split_used, self.facts = split, facts
+    self.stored = {name: o.to_dict() for name, o in self.options.items()}
+    if self.ranks.lead: self.write_folder(inputs, split)
+
+@patch
+def write_folder(self:Session, inputs:Inputs, split:Split):
+    "Makes the folder, its lists of samples and `config.json`."
     run = self.options['run']
     in_place = self.resumed and self.resumed['path'].parent.parent.resolve() == self.folder.path.resolve()
     if not in_place: self.folder.create(run.overwrite and self.resumed is None)
-    if self.resumed and not in_place:
-        for name in ('checkpoints/best_model.pt', 'metrics.jsonl'): shutil.copy(self.resumed['path'].parent.parent/name, self.folder/name)
+    if in_place: put_in_place(self.resumed['path'], self.folder.last.with_suffix(self.resumed['path'].suffix)) # those after it were passed over
+    elif self.resumed:
+        for name in ('checkpoints/best_model.pt', 'metrics.jsonl'):
+            if (source := self.resumed['path'].parent.parent/name).exists(): shutil.copy(source, self.folder/name)
     write_messages_to(self.folder/'training.log', self.messages)
-    self.split_used, self.facts = split, facts
     for name, ids in dict(train=split.fit, val=split.stop, test=split.test).items():
         if ids: write_ids(ids, self.folder/f'{name}_samples.txt')
     inputs.write_dropped(self.folder/'dropped_samples.tsv')
-    self.stored = {name: o.to_dict() for name, o in self.options.items()}
     self.write_config()
 
 @patch
@@ -193,10 +205,22 @@ def choose_batch_size(self:Session, model:Model, objective, train, stop):
     if not options.auto_batch_size or self.resumed: return
     if self.device != 'cuda': return log.info(f'--auto-batch-size: there is no GPU memory to measure; --batch-size {options.batch_size} is kept')
     if isinstance(train, KeptStates): return log.info(f'--auto-batch-size: a frozen encoder leaves little to fit into memory; --batch-size {options.batch_size} is kept')
-    options.batch_size = train.batch_size = stop.batch_size = measured_batch_size(model, objective, train, options, self.device)
+    options.batch_size = self.ranks.smallest(measured_batch_size(model, objective, train, options, self.device))
     self.stored['training'] = options.to_dict()
-    self.write_config()
+    if self.ranks.lead: self.write_config()
     log.info(f'--auto-batch-size: {options.batch_size} samples in a batch')
+
+@patch
+def deal(self:Session, train, stop):
+    "From now on this rank takes its part of each batch of `train` and `stop`."
+    ranks, parallel = self.ranks, self.options['parallel']
+    deal = ranks.deal(parallel.share_asvs != 'off', parallel.all_pairs)
+    for plan in train, stop: plan.spread(deal)
+    if ranks.strategy == 'data-parallel': log.info(f'{torch.cuda.device_count()} GPUs (--data-parallel): {train.batch_size} samples in a batch, spread over them')
+    if deal is None: return
+    how = 'each distinct ASV is encoded once' if deal.shared else 'each rank encodes the ASVs of its samples'
+    pairs = 'UniFrac compares the samples of all ranks' if deal.all_pairs else 'UniFrac compares the samples of a rank'
+    log.info(f"{ranks.size} ranks ({option_name(ranks.strategy)}), --batch-size is that of one: {train.batch_size} samples in a batch, {-(-train.batch_size//ranks.size)} on each rank; {how}; {pairs}")
 
 @patch
 def tell_first_step(self:Session, optimizer):
@@ -206,31 +230,63 @@ def tell_first_step(self:Session, optimizer):
         log.info(f'first optimizer step {time.perf_counter() - self.started:.1f} s after the start of the command')
         hook.remove()
     hook = optimizer.register_step_post_hook(tell)
+@patch
+def check_best(self:Session, t:Training):
+    "Forgets the best score of a resumed `t` if `best_model.pt` is from another epoch."
+    if t.best is None: return
+    epoch = self.ranks.agree(lambda: load_checkpoint(self.folder.best)['epoch'])
+    if epoch == t.best_epoch: return
+    log.info(f'best_model.pt is of epoch {epoch}, later than the state that is resumed: the best epoch is chosen anew from here on')
+    t.best = None
 
 # %% ../nbs/29_session.ipynb #8f16b6f0
 @patch
 def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), rates:dict=None) -> Training:
-    "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in `model`. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
+    "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in the model of what it returns, on the lead rank. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
     options, seed = self.options['training'], self.options['run'].seed
+    ranks, parallel = self.ranks, self.options['parallel']
     self.choose_batch_size(model, objective, train, stop)
+    self.whole_batch = self.resumed.get('whole_batch', options.batch_size) if self.resumed else options.batch_size*ranks.size
+    for plan in train, stop: plan.batch_size = self.whole_batch
     if not self.resumed: prime(model.to(self.device), train.batch(0, 0).to(self.device), loaded)
+    self.deal(train, stop)
     if self.compiled: compile_model(model)
-    t = Training(model, objective, train, stop, options, seed, self.device, rates=rates)
+    t = Training(model, objective, train, stop, options, seed, self.device, rates=rates, ranks=ranks, all_pairs=parallel.all_pairs)
     if self.resumed:
         t.load_state_dict(self.resumed['training'])
-        log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}")
-    self.record = Record(self.folder.path, t.step, t.epoch)
+        log.info(f"resuming {self.resumed['path']} after epoch {t.epoch}, step {t.step}")
+        self.check_best(t)
+    self.record = Record(self.folder.path, t.step, t.epoch) if ranks.lead else None
     common = dict(kind=self.kind, options=self.stored, split=vars(self.split_used), training_ids=self.split_used.fit, **self.facts)
-    save_best = lambda m, scores: save_checkpoint(dict(common, **describe_model(m), scores=scores, epoch=t.epoch), self.folder.best)
-    save_last = lambda training: save_checkpoint(dict(common, training=training), self.folder.last)
+    keep = self.options['run'].keep_checkpoints
+    save = lambda state, path, keep=1: save_checkpoint(state, path, keep) if ranks.lead else None
+    shards = ShardWriter(ranks) if ranks.strategy == 'fsdp' else None
+    save_best = lambda m, scores: save(dict(common, **describe_model(m), scores=scores, epoch=t.best_epoch), self.folder.best)
+    def save_last(training):
+        if ranks.lead: self.record.flush()
+        state = dict(common, training=training, whole_batch=self.whole_batch)
+        if shards: shards.save(state, self.folder.last, keep)
+        else: save(state, self.folder.last, keep)
     self.tell_first_step(t.optimizer)
-    with tf32(options.tf32, self.device):
-        fit_epochs(t, mode, score, metric, save_best, save_last, watch, self.record, lambda t, line: log.info(epoch_line(t, line)))
+    with tf32(options.tf32, self.device), StopSignals() as signals:
+        try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: ranks.any(signals()), self.options['run'].save_every_steps)
+        except Interrupted:
+            if shards: shards.finish()
+            log.info(f'stopped by {signals.received or "a signal to another rank"} after step {t.step}, which is saved; the same command with --resume-from auto goes on')
+            ranks.barrier() # a rank that ended before the lead has saved might be the end of it
+            ranks.close()
+            raise
+    if shards: shards.finish()
     self.step = t.step
     if t.best is None: raise AamError(f'no epoch had a finite {metric}: lower --lr, or look at the inputs')
+    ranks.close()
+    for plan in train, stop: plan.spread(None)
+    if not ranks.lead: return t
     log.info(f"best epoch {t.best_epoch} of {t.epoch}: {metric} {t.best:.4f}")
     if load_checkpoint(self.folder.best).get('before_refit'): os.replace(self.folder.before_refit, self.folder.best) # a finished run is resumed, and no epoch since was better
-    model.load_state_dict(load_checkpoint(self.folder.best)['weights'])
+    best = load_checkpoint(self.folder.best)
+    if ranks.size > 1: t.model = build_model(best, chunk_size=options.asv_chunk_size).to(self.device) # that of the ranks may be in shards
+    else: model.load_state_dict(best['weights'])
     titles = {'unifrac': "Faith's PD loss"} if self.options['encoder'].unifrac_metric == 'faith_pd' else {}
     self.figure('loss_curves', loss_curves(read_metrics(self.folder.path), t.best_epoch, titles))
     return t

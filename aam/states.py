@@ -12,7 +12,7 @@ import torch
 from dataclasses import dataclass, replace
 from torch import Tensor
 
-from .data import Batch, Plan
+from .data import Batch, Plan, take_part
 from .predictor import Model, SampleStates
 from .vectors import AsvVectors, draw_states, encode_asvs
 
@@ -48,6 +48,7 @@ class Stored:
 
     def map(self, function): return replace(self, k=function(self.k))
     def longer(self, slots:int): return replace(self, slots=slots)
+    def part(self, at:Tensor, real:Tensor): "Samples `at`; the store's last one, which is empty, where not `real`."; return replace(self, k=torch.where(real, self.k[at], len(self.store.length) - 1))
     def open(self) -> SampleStates: return self.store.look_up(self.k, self.slots)
 
 # %% ../nbs/15_states.ipynb #a54c19e5
@@ -71,6 +72,7 @@ class KeptStates:
             found.append([x.to(states.device) for x in (s.abundance[s.mask], s.identity[s.mask], s.sums, s.mask.sum(1))])
             end += len(new)
         model.train(training)
+        found.append([x[:0] for x in found[0][:2]] + [torch.zeros_like(x[:1]) for x in found[0][2:]]) # an empty sample, which fills up parts of batches
         self.store = Store(states, *map(torch.cat, zip(*found)))
         self.length = self.store.length.tolist()
         self.place = {sample: k for k, sample in enumerate(richest.tolist())}
@@ -80,6 +82,9 @@ class KeptStates:
 
     def __len__(self): return len(self.plan)
     def close(self): self.plan.close()
+    def order(self, epoch:int): return self.plan.order(epoch)
+    def spread(self, deal): self.plan.spread(deal)
+    batch_size = property(lambda self: self.plan.batch_size, lambda self, n: setattr(self.plan, 'batch_size', n))
 
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`, the same samples as the plan's."
@@ -89,6 +94,7 @@ class KeptStates:
         places, lengths = self.drawn[1][here], [self.length[self.place[i]] for i in samples[here].tolist()]
         states = Stored(self.store, places, max(1, *lengths))
         near = self.store.states.device.type == self.device
-        batch = Batch([self.data.table.sample_ids[i] for i in samples[here]], ('target',), (), *[None]*7, asvs_read=sum(lengths), states=states if near else states.open(),
+        batch = Batch([self.data.table.sample_ids[i] for i in samples[here]], ('target',), (), *[None]*7, asvs_read=sum(lengths), states=states,
                       **{name: x[places] for name, x in self.asked.items()})
-        return batch if near else batch.pin_memory()
+        if self.plan.deal is not None: batch = take_part(batch, self.plan.deal)
+        return batch if near else replace(batch, states=batch.states.open()).pin_memory()

@@ -11,7 +11,7 @@ __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_pa
 # %% ../nbs/31_train.ipynb #18472867
 from dataclasses import dataclass
 
-from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, InputOptions, LossOptions, RunOptions, SplitOptions, TargetOptions, TrainingOptions, command, unifrac_options, unifrac_source
+from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, InputOptions, LossOptions, ParallelOptions, RunOptions, SplitOptions, TargetOptions, TrainingOptions, command, unifrac_options, unifrac_source
 
 # %% ../nbs/31_train.ipynb #77909e99
 def read_target(options:TargetOptions, inputs):
@@ -336,6 +336,7 @@ def train(
     training:TrainingOptions,
     split:SplitOptions,
     run:RunOptions,
+    parallel:ParallelOptions,
 ):
     "Trains a model that predicts metadata columns."
     import logging
@@ -345,7 +346,7 @@ def train(
 
     check_head(head, target)
     if target.freeze_base and target.pretrained_encoder is None: raise AamError('--freeze-base needs --pretrained-encoder: an untrained encoder is not worth freezing')
-    session = Session('train', input=input, target=target, loss=loss, head=head, categories=categories, encoder=encoder, training=training, split=split, run=run)
+    session = Session('train', input=input, target=target, loss=loss, head=head, categories=categories, encoder=encoder, training=training, split=split, run=run, parallel=parallel)
     pretrained = load_checkpoint(target.pretrained_encoder, kinds=('pretrain', 'train')) if target.pretrained_encoder else None
     if pretrained: session.options['encoder'] = pretrained_options(pretrained, encoder)
     task = read_task(session, choose_weights(target, loss, input, session.options['encoder'], log))
@@ -358,4 +359,5 @@ def train(
     rates = None if categories.categorical_lr is None else {'heads.target.conditioning.': categories.categorical_lr}
     session.fit(model, make_objective(target, task), *plans, 'classification' if task.goal.classes else 'regression', make_score(task, model), target.best_metric, watch='target',
                 loaded=loaded, rates=rates)
+    if not session.ranks.lead: return
     return finish(session, task, log)

@@ -187,6 +187,16 @@ def main_page(study) -> str:
     return '\n\n'.join(['## Main study', markdown(['task', 'method', 'score', 'its score', 'best baseline', 'difference (95 %)', 'aim'], lines), '![](main.png)',
                         'All methods (accuracy or R2):', markdown(['method', *(c.task for c, _ in all_rows)], table)])
 
+def pretraining_page(study) -> str:
+    "How well distances between samples of other groups are predicted, over the folds."
+    lines = []
+    for cell in study.part('main'):
+        found = [r['pretraining'] for r in cell.records(study.records) if r.get('pretraining')]
+        mean = lambda key: shown(np.mean([p[key] for p in found]) if found else None)
+        lines.append([cell.task, len(found), mean('unifrac_r2'), mean('unifrac_reachable_r2'), mean('nuc_accuracy')])
+    return '## Pre-training\n\nR2 of UniFrac distances between the samples that stop training (whole groups that it is not fitted on), encoder and tree seeing the same rarefaction; what another rarefaction of the same samples reaches; share of the masked bases that are right. Means over folds.\n\n' + \
+        markdown(['task', 'folds', 'R2', 'another rarefaction', 'masked bases'], lines)
+
 def cell_score(row): return 'accuracy' if 'accuracy' in row else 'r2'
 
 def variants_page(study, part:str, title:str) -> str:
@@ -268,7 +278,7 @@ def write_page(study):
     texts = ['# Study\n\nWritten by `python benchmarks/study.py` from `results.jsonl`; tasks, folds and options are in `tasks.json`. ' + f'{fits} fits, {hours:.1f} hours of fitting, side by side.',
              'The best baseline is in each fold the method with the best score in the *inner* cross-validation. Intervals: Nadeau and Bengio (2003) over folds; p: signs of whole groups flipped. '
              'The aim: better than the best baseline with an interval above 0 on two of the four primary tasks, and within 0.03 accuracy or 0.05 R2 of it by the lower end of the interval on the others.',
-             main_page(study)]
+             main_page(study), pretraining_page(study)]
     if 'ablations' in study.tasks['parts']: texts.append(variants_page(study, 'ablations', 'Ablations'))
     if 'labels' in study.tasks['parts']: texts.append(labels_page(study))
     (study.args.results/'results.md').write_text('\n\n'.join(texts) + '\n')

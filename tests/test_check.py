@@ -291,7 +291,7 @@ def test_depth_that_costs_one_class():
     (['--metadata-column', 'habitat', '--classifier', '--target-transform', 'zscore'], {}, 'aam: --target-transform zscore: is for regression; leave it out or drop --classifier'),
     (['--metadata-column', 'habitat,season', '--classifier'], {}, 'aam: --classifier predicts one column: give one with --metadata-column'),
     (['--metadata-column', 'soil_ph', '--categorical-columns', 'soil_ph'], {}, 'aam: --categorical-columns soil_ph: is the target; leave it out'),
-    (['--pretrained-encoder', 'HERE/fit.txt'], {}, 'aam: HERE/fit.txt: not a checkpoint of aam, or damaged (IndexError); give the best_model.pt or last.pt of a run'),
+    (['--pretrained-encoder', 'HERE/fit.txt'], {}, 'aam: HERE/fit.txt: not a checkpoint of aam, or damaged (BadZipFile); give the best_model.pt or last.pt of a run'),
     (['--rarefy-depth', '1000000'], {}, 'aam: all 48 samples would be dropped: fewer reads than --rarefy-depth 1000000 (site01.visit1, site01.visit2, site01.visit3, ...)'),
 ])
 def test_unreadable(check, v4, words, how, expected):

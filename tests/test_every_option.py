@@ -492,7 +492,9 @@ def test_forest_options(forest, place):
 # ---- the list is complete
 
 elsewhere = { # tested where it belongs
-    'sequences': 'test_formats.py::test_inputs_are_joined_through_sequences', 'trust-unifrac': 'test_check.py::test_train_and_pretrain_look_first', 'overwrite': 'test_errors.py::test_finished_run_survives', 'resume-from': 'test_resume.py::test_finished_run_resumed',
+    'sequences': 'test_formats.py::test_inputs_are_joined_through_sequences', 'trust-unifrac': 'test_check.py::test_train_and_pretrain_look_first', 'overwrite': 'test_errors.py::test_finished_run_survives', 'resume-from': 'test_resume.py::test_finished_run_resumed', 'save-every-steps': 'test_resume.py::test_states_kept', 'keep-checkpoints': 'test_resume.py::test_states_kept',
+    'distributed': 'test_distributed.py::test_one_process_goes_on_with_ddp', 'fsdp': 'test_distributed.py::test_fsdp_goes_on_in_one_process', 'data-parallel': 'test_distributed.py::test_one_process_says_so',
+    'gather-unifrac': 'test_distributed.py::test_two_ranks_are_one_process', 'share-asvs': 'test_distributed.py::test_two_ranks_are_one_process',
     'debug': 'test_errors.py::test_debug_shows_the_traceback', 'device': f'{Path(__file__).name}::test_device', 'compile-model': f'{Path(__file__).name}::test_compile_model_needs_a_compiler',
     'wide-path': f'{Path(__file__).name}::test_wide_path', 'best-metric': f'{Path(__file__).name}::test_best_metric', 'linear-start': f'{Path(__file__).name}::test_linear_start', 'landmarks': f'{Path(__file__).name}::test_landmarks', 'refit': f'{Path(__file__).name}::test_refit',
     'freeze-base': f'{Path(__file__).name}::test_frozen_encoder_costs_one_pass', 'pretrained-encoder': f'{Path(__file__).name}::test_frozen_encoder_costs_one_pass',

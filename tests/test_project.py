@@ -103,20 +103,41 @@ def test_cluster_scripts_are_sound(path):
     assert bool(headers) == (path.suffix == ".sbatch")
 
 
-@pytest.mark.parametrize("given, wanted", [
-    (dict(TREE="a tree.nwk"), ["--tree", "a tree.nwk"]),
-    (dict(UNIFRAC="u.h5", ENCODER="e.pt", OPTIONS="--preset small --lr 1e-3"), ["--unifrac-matrix", "u.h5", "--pretrained-encoder", "e.pt", "--preset", "small", "--lr", "1e-3"]),
+@pytest.mark.parametrize("script, given, wanted", [
+    ("train", dict(TREE="a tree.nwk"), ["--tree", "a tree.nwk"]),
+    ("train", dict(UNIFRAC="u.h5", ENCODER="e.pt", OPTIONS="--preset small --lr 1e-3"), ["--unifrac-matrix", "u.h5", "--pretrained-encoder", "e.pt", "--preset", "small", "--lr", "1e-3"]),
+    ("train", dict(SLURM_NTASKS="2"), ["--distributed"]),
+    ("pretrain", dict(TREE="t.nwk"), ["--metadata", "m.tsv", "--tree", "t.nwk"]),
+    ("pretrain_multinode", dict(SLURM_NTASKS="8"), ["--fsdp"]),
+    ("pretrain", dict(SLURM_NTASKS="8", STRATEGY="distributed"), ["--distributed"]),
+    ("array_sweep", dict(SWEEP="SWEEP", SLURM_ARRAY_TASK_ID="2", OPTIONS="--epochs 3"), ["--epochs", "3", "--lr", "1e-3"]),
 ])
-def test_batch_script_hands_its_variables_on(tmp_path, given, wanted):
+def test_batch_script_hands_its_variables_on(tmp_path, script, given, wanted):
     from aam.cli import load_command
     from aam.config import parse_command
 
     stub = tmp_path / "srun"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
+    (tmp_path / "sweep.txt").write_text("--lr 1e-4\n--lr 1e-3\n")
+    given = {k: v.replace("SWEEP", str(tmp_path / "sweep.txt")) for k, v in given.items()}
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path), "MODULES": "", "TABLE": "t.biom", "METADATA": "m.tsv", "COLUMN": "age", "OUT": "runs/age", **given}
-    said = subprocess.run(["bash", root / "slurm/train.sbatch"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said[:2] == ["aam", "train"] and said[-len(wanted):] == wanted
-    assert parse_command(load_command("train"), said[2:], "aam train")["metadata_column"] == "age"
+    said = subprocess.run(["bash", root / f"slurm/{script}.sbatch"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    command = "pretrain" if script.startswith("pretrain") else "train"
+    assert said[:2] == ["aam", command] and said[-len(wanted):] == wanted
+    parsed = parse_command(load_command(command), said[2:], f"aam {command}")
+    assert parsed["metadata"].name == "m.tsv" and str(parsed["resume_from"]) == "auto" and parsed["save_every_steps"] == 200
+    assert str(parsed["output_dir"]) == ("runs/age/2" if script == "array_sweep" else "runs/age")
+    if command == "train": assert parsed["metadata_column"] == "age"
     del env["TABLE"]
-    assert subprocess.run(["bash", root / "slurm/train.sbatch"], env=env, capture_output=True).returncode != 0
+    assert subprocess.run(["bash", root / f"slurm/{script}.sbatch"], env=env, capture_output=True).returncode != 0
+
+
+def test_documented_jobs_name_scripts_and_their_variables():
+    known = set(re.findall(r"\b[A-Z][A-Z_]+\b", (root / "slurm/job.sh").read_text() + (root / "slurm/array_sweep.sbatch").read_text()))
+    pages = [*(root / "slurm").glob("*.sbatch"), *(root / "nbs").glob("*.ipynb"), *(root / "nbs/tutorials").glob("*.ipynb")]
+    jobs = [job for page in pages for job in re.findall(r"sbatch --[^\n`]*--export=ALL,(\S+?)(?:,OPTIONS=\S+ \S+)? slurm/(\w+\.sbatch)", page.read_text(encoding="utf-8"))]
+    assert len(jobs) >= 10
+    for variables, script in jobs:
+        assert (root / "slurm" / script).exists()
+        assert {word.split("=")[0] for word in variables.split(",")} <= known, variables

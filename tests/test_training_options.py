@@ -228,8 +228,8 @@ def test_best_epoch(metric, best):
     "Scores that disagree, epoch by epoch: the one that `metric` calls best is kept."
     scripts = dict(r2=[.1, .9, .3, .2], mae=[5., 4., 3., 4.], accuracy=[.7, .6, .5, .9], f1=[.9, .1, .2, .3])
     t, kept, losses = training(epochs=4, lr=1e-3), [], []
-    fit(t, 'regression', lambda v: {name: values[t.epoch - 1] for name, values in scripts.items()}, metric,
-        save_best=lambda model, scores: kept.append(t.epoch), report=lambda t, line: losses.append(line['val_loss']))
+    fit(t, 'regression', lambda v: {name: values[t.epoch] for name, values in scripts.items()}, metric,
+        save_best=lambda model, scores: kept.append(t.best_epoch), report=lambda t, line: losses.append(line['val_loss']))
     assert len(losses) == 4 and kept[-1] == t.best_epoch == (best or 1 + int(np.argmin(losses)))
 
 
