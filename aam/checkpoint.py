@@ -160,8 +160,8 @@ def describe_model(model:Model) -> dict:
     "What `build_model` needs, and the weights."
     target = model.heads['target'] if 'target' in model.tasks else None
     outputs, linear = (len(target.centre), target.linear) if target else (0, None)
-    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else len(linear.landmarks.rows),
-                head=model.head.to_dict(), quantiles=model.quantiles,
+    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else linear.landmarks.rows.shape[1],
+                head=model.head.to_dict(), quantiles=model.quantiles, share=target.share if target else None,
                 categories=model.categories and model.categories.to_dict(), vocabulary=model.vocabulary,
                 weights={k: full(v.detach()).cpu().clone() for k, v in model.state_dict().items()})
 
@@ -171,6 +171,7 @@ def build_model(state:dict, **memory) -> Model:
     model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], categories=categories, vocabulary=state.get('vocabulary'),
                   head=HeadOptions(**state['head']), quantiles=state['quantiles'], landmarks=state.get('landmarks', 0), **memory)
     model.load_state_dict(state['weights'])
+    if 'target' in model.tasks: model.heads['target'].share = state['share']
     return model
 
 # %% ../nbs/24_checkpoint.ipynb #93ab8849

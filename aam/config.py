@@ -228,9 +228,9 @@ class TargetOptions(Options):
     val_prediction_passes:Number(int, 1)=4 # rarefactions whose predictions are averaged, in the final scores and, unless told otherwise, in predict
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
-    linear_start:Flag=True # start from a penalised linear model on the training ASVs
-    landmarks:Number(int, 0)=0 # training samples that the linear start also compares a sample with (Bray-Curtis and Jaccard); 0: none
-    refit:bool=False # once the best epoch is chosen, fit the linear start anew on the samples to fit and to stop on; validation scores are of the model before
+    linear_start:Flag=True # average what is learnt with a penalised linear model on the training ASVs
+    landmarks:Number(int, 0)=1000 # training samples that the linear start also compares a sample with (Bray-Curtis and Jaccard); 0: none
+    refit:Flag=True # once the best epoch is chosen, fit the linear start anew on the samples to fit and to stop on; what is predicted for the latter is of the model before
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]

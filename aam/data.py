@@ -38,7 +38,6 @@ class Batch:
     mask:torch.Tensor # True where a slot is taken, (R, S)
     abundance:torch.Tensor # log1p(1e4 p)/log1p(1e4), 0 for padding, (R, S)
     identity:torch.Tensor=None # number of each distinct ASV among those known to a linear path, 0 if unknown, (U,)
-    offset:torch.Tensor=None # out-of-fold outputs of that path, for training, (B, O)
     categories:torch.Tensor=None # value of each categorical column, 0 unknown, (B, C)
     target:torch.Tensor=None # targets on the learnt scale (B, O), NaN missing; or classes (B,), -1 missing
     unifrac:torch.Tensor=None # of the UniFrac view: distances (B, B), or Faith's diversities (B,); NaN where a pair, or a sample, does not count
@@ -137,7 +136,6 @@ class SampleData:
     drawn:Table=None # the rarefaction behind matrix or file, of the same samples and ASVs
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
     identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
-    offset:np.ndarray=None # out-of-fold outputs of that path, (N, O)
     categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
     unifrac_metric:str='unweighted' # what is computed from the tree, or held by the matrix
     unifrac_alpha:float=1. # of generalized UniFrac
@@ -257,7 +255,6 @@ def make_batch(
     if data.target is not None: extra['target'] = torch.from_numpy(data.target[np.asarray(samples)])
     if data.categories is not None: extra['categories'] = torch.from_numpy(data.categories[np.asarray(samples)])
     if data.identity is not None: extra['identity'] = torch.from_numpy(data.identity[asvs])
-    if data.offset is not None and training: extra['offset'] = torch.from_numpy(data.offset[np.asarray(samples)])
     return Batch(ids, tuple(views), groups, *map(torch.from_numpy, (tokens, place[row_of_asv], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), asvs_read=int(mask.sum()), **extra)
 
 def candidate_tensors(new_asv, candidates, present, ratios) -> dict:
@@ -380,7 +377,7 @@ def part_samples(batch:Batch, deal:Deal) -> tuple: # fields of the part, its sam
     if unifrac is not None and unifrac.ndim == 2:
         if deal.all_pairs: unifrac, column = F.pad(unifrac, (0, n*deal.parts - B), value=float('nan')), deal.part*n
         else: unifrac = torch.where(real, unifrac[:, at], float('nan'))
-    return dict(sample_ids=ids + ['']*(n - len(ids)), whole=batch.whole, column=column, unifrac=unifrac, offset=take(batch.offset, 0.), categories=take(batch.categories, 0),
+    return dict(sample_ids=ids + ['']*(n - len(ids)), whole=batch.whole, column=column, unifrac=unifrac, categories=take(batch.categories, 0),
                 target=None if target is None else take(target, float('nan') if target.is_floating_point() else -1), candidates=take(batch.candidates, 0), candidate_weight=take(batch.candidate_weight, 0.),
                 candidate_present=take(batch.candidate_present, 0.), candidate_log_ratio=take(batch.candidate_log_ratio, float('nan'))), at, real
 

@@ -11,13 +11,14 @@ import logging
 import numpy as np
 import pandas as pd
 import torch
+from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
 
 from .checkpoint import build_model
 from .config import AamError
 from .data import SampleData
-from .linear import identify
+from .linear import LinearPath, identify
 from .metadata import category_ids, class_targets, get_column, join_ids, numeric_targets
 from .metrics import classification_scores, quantile_scores, regression_scores
 from .monitor import progress_bar
@@ -124,7 +125,7 @@ def predict_outputs(
             for start in range(0, len(positions), batch_size):
                 some = samples[positions[start:start + batch_size]]
                 categories = None if data.categories is None else torch.from_numpy(data.categories[some]).to(device)
-                parts.append(model.heads['target'](draw_states(model, data, vectors, some, draw, device), None, categories).float())
+                parts.append(model.heads['target'](draw_states(model, data, vectors, some, draw, device), categories).float())
                 bar.update(len(some))
             if parts: found.append((positions, torch.cat(parts).cpu()))
     return found
@@ -157,6 +158,7 @@ class Predictor:
     reading:dict # depth, token limit, ASV sampling, seeds
     known:list=() # ASVs that the linear path knows
     passes:int=1 # rarefactions of a sample whose predictions are averaged
+    before:dict=None # what the linear path was before a refit, `linear` and `linear_shift` of the head and its `known` ASVs, for the `samples` that it was refitted to
 
     @property
     def metadata_columns(self) -> list[str]:
@@ -185,7 +187,28 @@ class Predictor:
             frame = self.read_frame(table, frame, sample_ids)
             if self.model.vocabulary: data.categories = category_ids(frame, self.model.vocabulary)
             categories = self.target.categories(frame.loc[sample_ids])
-        return predict_samples(self.model, self.target, data, [data.position[s] for s in sample_ids], categories, **{'passes': self.passes, **how})
+        positions, how = np.array([data.position[s] for s in sample_ids], int), {'passes': self.passes, **how}
+        predict = lambda part: predict_samples(self.model, self.target, data, positions[part], None if categories is None else categories[part], **how)
+        refitted = np.isin(list(sample_ids), self.before['samples'] if self.before else [])
+        found = [(~refitted, predict(~refitted))] if not refitted.all() or not len(positions) else []
+        if refitted.any():
+            with self.before_refit(data): found.append((refitted, predict(refitted)))
+        whole = [np.full((len(positions), *x.shape[1:]), np.nan) for x in found[0][1]]
+        for part, values in found:
+            for x, v in zip(whole, values): x[part] = v
+        return tuple(whole)
+
+    @contextmanager
+    def before_refit(self, data:SampleData):
+        "Within the block the linear path is the one before the refit."
+        head, names = self.model.heads['target'], ('linear', 'linear_shift')
+        kept = [getattr(head, name) for name in names], data.identity
+        for name in names: setattr(head, name, self.before[name])
+        data.identity = identify(data.table.sequences, self.before['known'])
+        try: yield
+        finally:
+            for name, value in zip(names, kept[0]): setattr(head, name, value)
+            data.identity = kept[1]
 
     def require(self, metadata):
         "Raises an `AamError` where `metadata` is needed and not given."
@@ -208,4 +231,9 @@ def load_predictor(
     chunk_size:int=256, # ASVs encoded at a time; 0: all
 ) -> Predictor:
     "The predictor in a train checkpoint."
-    return Predictor(build_model(state, chunk_size=chunk_size), Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'])
+    model, before = build_model(state, chunk_size=chunk_size), state.get('before_refit')
+    if before:
+        linear = LinearPath(len(before['known']), state['outputs'], model.heads['target'].linear.sizes, before['landmarks'])
+        linear.load_state_dict(before['linear'])
+        before = dict(before, linear=linear)
+    return Predictor(model, Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'], before)

@@ -152,7 +152,8 @@ class TargetHead(nn.Module):
             self.sums_standardise, self.sums_dropout = RunningStandardise(2*W), nn.Dropout(options.dropout)
             for w in self.wide: nn.init.zeros_(w.weight)
         self.linear = LinearPath(known, outputs, [len(values) for values in (vocabulary or {}).values()], landmarks) if known else None
-        if known: nn.init.zeros_(self.deep[-1].weight); nn.init.zeros_(self.deep[-1].bias)
+        if known: self.register_buffer('linear_shift', torch.zeros(outputs, *([len(quantiles)] if quantiles else []))) # of its outputs, where the loss asks for more than a mean
+        self.share = 0. # of the linear path in a prediction
         self.conditioning = Conditioning(categories, vocabulary, D, options.attention_heads, outputs) if vocabulary else None
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
         self.log_output_scale, self.output_bias = (nn.Parameter(torch.zeros(outputs)) for _ in range(2)) if head.learnable_output_scale else (None, None)
@@ -173,23 +174,27 @@ class TargetHead(nn.Module):
         centre, scale = self.units()
         return (self.link.inverse(self.allowed(learnt)) - centre) / scale
 
-    def finish(self, x:Tensor) -> Tensor: # (B, O) or (B, O, Q)
-        "Standardised outputs on the learnt scale."
-        per_output = lambda t: t[..., None] if x.ndim == 3 else t
-        if self.log_output_scale is not None: x = x*per_output(self.log_output_scale.exp()) + per_output(self.output_bias)
-        centre, scale = map(per_output, self.units())
-        return self.link.forward(centre + scale*x)
+    def per_output(self, x:Tensor) -> Tensor: # (O,) -> (O,) or (O, 1)
+        "`x` for outputs with or without quantiles."
+        return x if self.quantiles is None else x[:, None]
 
     def forward(self,
         x:SampleStates,
-        offset:Tensor=None, # in place of the linear path, (B, O)
         categories:Tensor=None, # where the head is conditioned on them, (B, C)
-    ) -> Tensor: # (B, O), or (B, O, Q) with quantiles
-        return self.finish(self.standardised(x, offset, categories))
+    ) -> Tensor: # on the learnt scale, (B, O), or (B, O, Q) with quantiles
+        out = self.learnt(x, categories)
+        if self.share: out = out.lerp(self.start(x, categories), self.share)
+        centre, scale = map(self.per_output, self.units())
+        return self.link.forward(centre + scale*out)
 
-    def standardised(self, x:SampleStates, offset:Tensor=None, categories:Tensor=None) -> Tensor: # (B, O) or (B, O, Q)
-        "All paths together, before scale and link."
-        told = categories
+    def start(self, x:SampleStates, categories:Tensor=None) -> Tensor: # (B, O) or (B, O, Q)
+        "Standardised outputs of the linear path."
+        out = self.linear(x.identity, x.abundance, x.mask, categories)
+        if self.link.low: out = self.standardise(self.centre + self.scale*out)
+        return (out if self.quantiles is None else out[..., None]) + self.linear_shift
+
+    def learnt(self, x:SampleStates, categories:Tensor=None) -> Tensor: # (B, O) or (B, O, Q)
+        "Standardised outputs of the deep and the wide path."
         if self.conditioning is not None:
             categories = self.conditioning.unknown(categories)
             x = replace(x, states=self.conditioning.fuse(x.states, x.mask, categories))
@@ -201,11 +206,9 @@ class TargetHead(nn.Module):
             sums = self.sums_dropout(self.sums_standardise(x.sums.flatten(1), counts).unflatten(1, (2, -1)))
             for i, w in enumerate(self.wide): out = out + w(sums[:, i]).float()
         if self.quantiles is not None: out = self.quantiles(out.unflatten(1, (-1, len(self.quantiles.levels))))
-        if self.linear is not None:
-            linear = self.linear(x.identity, x.abundance, x.mask, categories) if offset is None else offset + self.linear.of_categories(categories) - self.linear.of_categories(told) # what is hidden is hidden here too
-            if self.link.low: linear = self.standardise(self.centre + self.scale*linear)
-            out = out + (linear if self.quantiles is None else linear[..., None])
-        return out if self.conditioning is None else self.conditioning.scale(out, categories)
+        if self.conditioning is not None: out = self.conditioning.scale(out, categories)
+        if self.log_output_scale is None: return out
+        return out*self.per_output(self.log_output_scale.exp()) + self.per_output(self.output_bias)
 
 # %% ../nbs/13_predictor.ipynb #8c45d08b
 view_names = 'target', 'count', 'unifrac'
@@ -258,9 +261,9 @@ class Model(nn.Module):
 
     def forward(self, batch) -> dict:
         "Outputs by task; `unifrac_embedding` lets distances to samples of other batches be computed."
-        if self.frozen or batch.states is not None: return dict(target=self.heads['target'](self.states(batch), batch.offset, batch.categories))
+        if self.frozen or batch.states is not None: return dict(target=self.heads['target'](self.states(batch), batch.categories))
         encoded, out = self.encode(batch), {}
-        if 'target' in batch.views: out['target'] = self.heads['target'](sample_states(encoded, batch, self.options.embedding_dim), batch.offset, batch.categories)
+        if 'target' in batch.views: out['target'] = self.heads['target'](sample_states(encoded, batch, self.options.embedding_dim), batch.categories)
         if 'count' in batch.views:
             rows = batch.rows('count')
             out['count'] = self.heads['count'](encoded.asv, batch.candidates, encoded.states[rows], encoded.mask[rows])

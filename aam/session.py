@@ -268,7 +268,7 @@ def savers(self:Session, t:Training) -> tuple: # function of a model and its sco
     return save_best, save_last, shards
 
 @patch
-def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), from_start:bool=False, rates:dict=None) -> Training:
+def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metric:str='val_loss', watch:str='total', loaded=(), rates:dict=None) -> Training:
     "Trains, keeping `best_model.pt` and `last.pt`; ends with the best weights in the model of what it returns, on the lead rank. Heads `loaded` from a checkpoint are not started anew; `rates` are learning rates of single parameters (see `make_optimizer`)."
     options, seed = self.options['training'], self.options['run'].seed
     ranks, parallel = self.ranks, self.options['parallel']
@@ -285,7 +285,7 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
     save_best, save_last, shards = self.savers(t)
     self.tell_first_step(t.optimizer)
     with tf32(options.tf32, self.device), StopSignals() as signals:
-        try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, from_start, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: ranks.any(signals()), self.options['run'].save_every_steps)
+        try: fit_epochs(t, mode, score, metric, save_best, save_last, watch, self.record, lambda t, line: log.info(epoch_line(t, line)), lambda: ranks.any(signals()), self.options['run'].save_every_steps)
         except Interrupted:
             if shards: shards.finish()
             log.info(f'stopped by {signals.received or "a signal to another rank"} after step {t.step}, which is saved; the same command with --resume-from auto goes on')
@@ -304,7 +304,7 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
 @patch
 def take_best(self:Session, t:Training) -> Training:
     "Gives `t` the best model, and draws the curves."
-    if load_checkpoint(self.folder.best).get('refit'): os.replace(self.folder.before_refit, self.folder.best) # a finished run is resumed, and no epoch since was better
+    if load_checkpoint(self.folder.best).get('before_refit'): os.replace(self.folder.before_refit, self.folder.best) # a finished run is resumed, and no epoch since was better
     best = load_checkpoint(self.folder.best)
     if self.ranks.size > 1: t.model = build_model(best, chunk_size=t.options.asv_chunk_size).to(self.device) # that of the ranks may be in shards
     else: t.model.load_state_dict(best['weights'])

@@ -76,7 +76,7 @@ class KeptStates:
         self.store = Store(states, *map(torch.cat, zip(*found)))
         self.length = self.store.length.tolist()
         self.place = {sample: k for k, sample in enumerate(richest.tolist())}
-        asked = dict(target=self.data.target, categories=self.data.categories, offset=self.data.offset if self.training else None)
+        asked = dict(target=self.data.target, categories=self.data.categories)
         self.asked = {name: torch.from_numpy(x[richest]).to(states.device) for name, x in asked.items() if x is not None}
         self.drawn = None, None # epoch and its order, as places in the store
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_parts', 'check_categories', 'fit_categories',
-           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'linear_targets', 'start_linear',
-           'refit_start', 'start_quantiles', 'build_model', 'make_plans', 'make_objective', 'make_score', 'score_part',
-           'target_figures', 'finish', 'train']
+           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'linear_targets', 'fit_start',
+           'shift_start', 'mix_paths', 'refit_start', 'build_model', 'make_plans', 'make_objective', 'make_score',
+           'score_part', 'target_figures', 'finish', 'train']
 
 # %% ../nbs/31_train.ipynb #18472867
 from dataclasses import dataclass
@@ -133,8 +133,6 @@ class Task:
     deviation:object=None # and their deviation
     units:dict=None # of the self-supervised losses
     known:list=() # ASVs of the linear path
-    landmarks:list=() # positions of the samples that it compares others with
-    strength:float=None # of its fit, the inverse of the penalty
 
 # %% ../nbs/31_train.ipynb #365edaa7
 def read_task(session, weights:dict) -> Task:
@@ -154,7 +152,7 @@ def read_task(session, weights:dict) -> Task:
 def fit_task(session, task:Task, log):
     "Fits on the fit samples what does not need a model, and gives `task.data` the targets and categories of all samples."
     import torch
-    from aam.linear import choose_landmarks, known_asvs
+    from aam.linear import known_asvs
     from aam.losses import choose_class_weights
     from aam.session import count_deviation, unifrac_variance
     o, goal, data, fit = session.options, task.goal, task.data, task.fit
@@ -164,9 +162,7 @@ def fit_task(session, task:Task, log):
     data.target, task.centre, task.deviation = fit_target(goal, task.actual, task.inputs, fit, task.class_weights)
     if not goal.classes: warn_of_range(log, o['head'], goal, data.target[fit], o['target'].target_transform)
     task.units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in task.weights else 1., count_deviation=count_deviation(data, fit))
-    if o['target'].linear_start:
-        task.known = known_asvs(data, fit)
-        task.landmarks = choose_landmarks(fit, o['target'].landmarks, o['run'].seed)
+    if o['target'].linear_start: task.known = known_asvs(data, fit)
 
 def facts(session, task:Task) -> dict:
     "What a checkpoint says of the task, beside options and weights."
@@ -183,62 +179,72 @@ def linear_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,) or 0
     # weights act like more samples; the head adds log priors
     return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
 
-def start_linear(head, task:Task, groups, seed:int):
-    "Fits the linear path of `head` and gives the fit samples their out-of-fold outputs; `groups` of the fit samples stay in one fold."
-    import numpy as np
-    from aam.linear import fit_linear, identify, linear_features
-    data, fit, stop, goal = task.data, task.fit, task.stop, task.goal
-    data.identity = identify(data.table.sequences, task.known)
-    y, shift = linear_targets(head, task)
-    groups = None if groups is None else groups.fillna('').astype(str).to_numpy()
-    landmarks = head.linear.landmarks
-    if landmarks is not None: landmarks.place(data, task.landmarks)
-    features = lambda samples: linear_features(data, samples, head.linear.sizes, landmarks)
-    weights, bias, left_out, task.strength = fit_linear(features(fit), y[fit], features(stop), y[stop], len(goal.classes or ()), groups, seed, head.linear.more)
-    bias, left_out = bias + shift, left_out + shift
-    head.linear.set(weights, bias)
-    data.offset = np.zeros((len(data.table), goal.outputs), np.float32)
-    data.offset[fit] = left_out
+def fit_start(head, task:Task, samples, options):
+    "Fits the linear path of `head` to `samples`, of which `--landmarks` are its landmarks; whole groups (`--group-column`) are in one fold."
+    from aam.linear import choose_landmarks, fit_linear, linear_features
+    from aam.metadata import get_column
+    group, seed, path, (y, shift) = options['split'].group_column, options['run'].seed, head.linear, linear_targets(head, task)
+    groups = get_column(task.inputs.frame, group).iloc[samples].fillna('').astype(str).to_numpy() if group else None
+    if path.landmarks is not None: path.landmarks.place(task.data, choose_landmarks(samples, options['target'].landmarks, seed))
+    features = linear_features(task.data, samples, path.sizes, path.landmarks)
+    shifted = bool({'quantile', 'asymmetric'} & set(options['target'].loss_types)) and not task.goal.classes
+    weights, bias, _, left_out = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more, shifted)
+    path.set(weights, bias + shift)
+    if shifted: shift_start(head, task.data.target[samples], left_out, options['target'])
+
+def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the learnt scale (N, O), out-of-fold outputs (N, O)
+    "Lets the linear path predict what the loss asks for: quantiles of its out-of-fold errors, for an asymmetric loss the one that it aims at."
+    import torch
+    learnt, left_out = torch.tensor(learnt), torch.tensor(left_out, dtype=torch.float32)
+    errors = head.standardise(learnt) - head.standardise(head.centre + head.scale*left_out)
+    for i, loss in enumerate(target.loss_types):
+        level = target.quantiles if loss == 'quantile' else target.under_penalty/max(target.over_penalty + target.under_penalty, 1e-9) if loss == 'asymmetric' else None
+        if level is not None: head.linear_shift[i] = errors[:, i].nanquantile(torch.tensor(level))
+
+# %% ../nbs/31_train.ipynb #31aa0002
+def mix_paths(session, task:Task, predictor, log):
+    "Chooses the linear path's share of a prediction, and writes it to `best_model.pt`."
+    from aam.checkpoint import load_checkpoint, save_checkpoint
+    from aam.linear import linear_share
+    head, inputs, training, said = predictor.model.heads['target'], task.inputs, session.options['training'], []
+    if head.linear is None: return
+    for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size)))
+    head.share = linear_share(*said, task.actual[task.stop])
+    save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share), session.folder.best)
+    log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt in training')
 
 def refit_start(session, task:Task, log):
-    "Fits the linear path of the best model anew on the fit and stop samples, with the penalty found before; the model before is kept as `before_refit.pt`."
+    "Fits the linear path of the best model anew on the fit and stop samples; the model before is kept as `before_refit.pt`."
     import shutil
     from aam.checkpoint import build_model, describe_model, load_checkpoint, save_checkpoint
-    from aam.linear import LinearPath, choose_landmarks, identify, known_asvs, linear_features, refit_linear
+    from aam.linear import LinearPath, identify, known_asvs
     state, data, both, o = load_checkpoint(session.folder.best), task.data, sorted([*task.fit, *task.stop]), session.options
     model = build_model(state)
-    head, known, landmarks = model.heads['target'], known_asvs(data, both), choose_landmarks(both, o['target'].landmarks, o['run'].seed)
+    head, known = model.heads['target'], known_asvs(data, both)
     data.identity = identify(data.table.sequences, known)
-    path = head.linear = LinearPath(len(known), task.goal.outputs, head.linear.sizes, len(landmarks))
-    if landmarks: path.landmarks.place(data, landmarks)
-    y, shift = linear_targets(head, task)
-    weights, bias = refit_linear(linear_features(data, both, path.sizes, path.landmarks), y[both], task.strength, len(task.goal.classes or ()), path.more)
-    path.set(weights, bias + shift)
+    before = dict(known=state['known_asvs'], landmarks=state['landmarks'], linear=head.linear.state_dict(), linear_shift=head.linear_shift.clone(), samples=task.parts.stop)
+    head.linear = LinearPath(len(known), task.goal.outputs, head.linear.sizes, min(o['target'].landmarks, len(both)))
+    fit_start(head, task, both, o)
     shutil.copy(session.folder.best, session.folder.before_refit)
-    save_checkpoint(state | describe_model(model) | dict(known_asvs=known, training_ids=[data.table.sample_ids[i] for i in both], refit=True), session.folder.best)
-    log.info(f'refit: the linear start of best_model.pt is now fitted on {len(both)} samples, those to stop on included; validation scores and val_predictions.tsv are of the model before (before_refit.pt)')
-
-def start_quantiles(head, data, fit):
-    "Starts the quantiles of `head` from what the linear path, or the mean, leaves over on the fit samples."
-    import torch
-    learnt = torch.tensor(data.target[fit])
-    expected = torch.zeros_like(learnt) if data.offset is None else torch.tensor(data.offset[fit])
-    head.quantiles.start_from(head.standardise(learnt) - head.standardise(head.centre + head.scale*expected))
+    save_checkpoint(state | describe_model(model) | dict(known_asvs=known, training_ids=[data.table.sample_ids[i] for i in both], before_refit=before), session.folder.best)
+    log.info(f'the linear start of best_model.pt is refitted to {len(both)} samples, those to stop on included; validation scores and predictions of these are of the model before')
 
 # %% ../nbs/31_train.ipynb #bf870186
 def build_model(session, task:Task, pretrained:dict=None) -> tuple: # model, names of the heads taken from `pretrained`
     "The model at its start: means, linear path, quantiles, pre-trained weights."
     import torch
     from aam.checkpoint import load_pretrained
-    from aam.metadata import get_column
+    from aam.linear import identify
     from aam.predictor import Model
-    o, goal, training, group = session.options, task.goal, session.options['training'], session.options['split'].group_column
+    o, goal, training = session.options, task.goal, session.options['training']
     torch.manual_seed(o['run'].seed)
-    model = Model(o['encoder'], tuple(task.weights), goal.outputs, len(task.known), training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or (), len(task.landmarks))
+    model = Model(o['encoder'], tuple(task.weights), goal.outputs, len(task.known), training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or (), min(o['target'].landmarks, len(task.fit)))
     head = model.heads['target']
     head.centre.copy_(torch.tensor(task.centre)); head.scale.copy_(torch.tensor(task.deviation))
-    if task.known: start_linear(head, task, get_column(task.inputs.frame, group).iloc[task.fit] if group else None, o['run'].seed)
-    if goal.quantiles: start_quantiles(head, task.data, task.fit)
+    if task.known:
+        task.data.identity = identify(task.data.table.sequences, task.known)
+        fit_start(head, task, task.fit, o)
+    if goal.quantiles: head.quantiles.start_from(head.standardise(torch.tensor(task.data.target[task.fit])))
     return model, load_pretrained(model, pretrained) if pretrained else ()
 
 def make_plans(session, task:Task, model) -> list: # of the fit samples, of the stop samples
@@ -307,6 +313,7 @@ def finish(session, task:Task, log):
     training = session.options['training']
     read_best = lambda: load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
     predictor = read_best()
+    mix_paths(session, task, predictor, log)
     scores = dict(validation=score_part(session, 'validation', task.parts.stop, predictor, task.inputs, training, log))
     if session.options['target'].refit:
         refit_start(session, task, log)
@@ -351,6 +358,6 @@ def train(
     plans = make_plans(session, task, model)
     rates = None if categories.categorical_lr is None else {'heads.target.conditioning.': categories.categorical_lr}
     session.fit(model, make_objective(target, task), *plans, 'classification' if task.goal.classes else 'regression', make_score(task, model), target.best_metric, watch='target',
-                loaded=loaded, from_start=bool(task.known), rates=rates)
+                loaded=loaded, rates=rates)
     if not session.ranks.lead: return
     return finish(session, task, log)

@@ -256,7 +256,6 @@ def fit(t:Training,
     save_best=None, # called with the best weights in the model, and the scores
     save_last=None, # called with the training state
     watch:str='total', # whose validation loss is `val_loss`: a task, or the weighted total
-    from_start:bool=False, # may the untrained weights be the best?
     record:Record=None,
     report=None, # called with each epoch's line
     told=lambda: False, # asked after each step and validation batch whether to stop
@@ -275,7 +274,6 @@ def fit(t:Training,
         return scores
 
     try:
-        if from_start and t.step == 0: judge(0)
         while t.epoch < t.options.epochs and t.waited < t.options.patience:
             trained = train_epoch(t, mode, record, told, save_every, save_last)
             scores = judge(t.epoch + 1)

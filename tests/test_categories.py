@@ -114,19 +114,6 @@ def test_unknown_rows_are_trained_by_dropping_categories(states):
     assert head.conditioning.scaling.shift.grad[0].abs().max() == 0
 
 
-def test_a_dropped_category_leaves_the_linear_path_too(states):
-    "Or the other paths would learn what is left over when it is known, and be asked when it is not."
-    torch.manual_seed(0)
-    head = TargetHead(EncoderOptions(**width, dropout=0.), 1, known=3, categories=options(), vocabulary=vocabulary).train()
-    head.linear.category_weight.normal_()[:, 0] = 0
-    offset, outputs = torch.randn(4, 1), []
-    for share in 0., 1.:
-        head.conditioning.unknown.share = share
-        outputs.append(head.standardised(states, offset, ids)) # concat starts as if there were no categories
-    torch.testing.assert_close(outputs[0] - outputs[1], head.linear.of_categories(ids))
-    assert (outputs[0] - outputs[1]).abs().min(0).values > 0
-
-
 def test_vocabulary_of_numbers():
     frame = pd.DataFrame(dict(plate=['2', '10', None, '1.0']), index=list('abcd'), dtype='str')
     words = category_vocabulary(frame.iloc[:3], ['plate'])

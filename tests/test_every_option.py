@@ -23,7 +23,9 @@ from aam.checkpoint import load_checkpoint
 from aam.cli import load_command, main, run_command
 from aam.config import AamError, TrainingOptions, command_parser
 from aam.encoder import Encoder, NucleotideEncoder
+from aam.inference import load_predictor
 from aam.layers import Block
+from aam.linear import linear_share
 from aam.optim import Schedule
 from aam.predictor import Model, TargetHead
 from aam.table import read_table
@@ -362,35 +364,53 @@ def test_best_metric(place, tmp_path, metric):
 
 
 def test_linear_start(runs, place, tmp_path):
-    watch = Watch().run('train', *place(files['train'] + ' ' + base), '--no-linear-start', '--output-dir', tmp_path/'run')
-    assert not Files(tmp_path/'run').named('.linear.') and runs('train', 'base').files.named('.linear.')
-    assert all(b.offset is None for b in watch.trained) and all(b.offset is not None for b in runs('train', 'base').trained)
+    run_command(['train', *place(files['train'] + ' ' + base), '--no-linear-start', '--output-dir', str(tmp_path/'run')])
+    without, r = Files(tmp_path/'run'), runs('train', 'base').files
+    assert not without.named('.linear.') and r.named('.linear.') and 0 <= r.best['share'] <= 1 and without.best['share'] == 0
+
+
+def test_linear_start_has_its_share(place, tmp_path):
+    "A prediction is the mean that the checkpoint's share says, which follows from the skill of both paths on the validation samples; epochs are judged without it."
+    given = [*place(files['train'] + ' ' + base), '--epochs', '2', '--average-decay', '0', '--no-refit']
+    for name, more in dict(run=[], none=['--no-linear-start']).items(): run_command(['train', *given, *more, '--output-dir', str(tmp_path/name)])
+    r, none, table = Files(tmp_path/'run'), Files(tmp_path/'none'), read_table(place('SURVEY/table.biom')[0])
+    learnt, linear, mean = (load_predictor(r.best | dict(share=share)).predict(table, sample_ids=r.ids('val')) for share in (0., 1., r.best['share']))
+    assert np.abs(learnt - linear).max() > 1e-3
+    np.testing.assert_allclose(mean, learnt + r.best['share']*(linear - learnt), rtol=1e-4)
+    actual = pd.read_csv(tmp_path/'run'/'val_predictions.tsv', sep='\t', index_col=0).actual.to_numpy()[:, None]
+    assert r.best['share'] == pytest.approx(linear_share(learnt, linear, actual), rel=1e-3)
+    assert [line['val_loss'] for line in r.lines] == [line['val_loss'] for line in none.lines]
 
 
 def test_landmarks(place, tmp_path):
     "Fit samples are the landmarks, all or as many as asked for; they take part in prediction."
-    given = [*place(files['train'] + ' ' + base), '--epochs', '1', '--landmarks']
+    given = [*place(files['train'] + ' ' + base), '--epochs', '1', '--no-refit', '--landmarks']
     for asked in '9', '1000':
         run_command(['train', *given, asked, '--output-dir', str(tmp_path/asked)])
         r = Files(tmp_path/asked)
         rows = r.weights['heads.target.linear.landmarks.rows']
-        assert r.best['landmarks'] == len(rows) == min(int(asked), len(r.ids('train'))) and rows.sum(1).min() > 0 and r.weights['heads.target.linear.landmark_weight'].abs().min() > 0
+        assert r.best['landmarks'] == rows.shape[1] == min(int(asked), len(r.ids('train'))) and rows.sum(0).min() > 0 and r.weights['heads.target.linear.landmark_weight'].abs().min() > 0
     with pytest.raises(AamError, match='--landmarks 9: is of the linear start'): run_command(['train', *given, '9', '--no-linear-start', '--output-dir', str(tmp_path/'none')])
 
 
 def test_refit(place, tmp_path):
-    "The final model's linear path is that of a regression on all samples but the test samples; validation scores are of the model before, also after a resumed run."
-    given = [*place(files['train'] + ' ' + base), '--epochs', '2', '--landmarks', '1000', '--refit', '--output-dir', str(tmp_path/'run')]
+    "The final model's linear path is that of a regression on all samples but the test samples; what is said of validation samples is of the model before, also after a resumed run."
+    given = [*place(files['train'] + ' ' + base), '--epochs', '2', '--output-dir', str(tmp_path/'run')]
     run_command(['train', *given])
-    run_command(['train', *(w for w in given if w != '--refit'), '--output-dir', str(tmp_path/'plain')])
+    run_command(['train', *given[:-1], str(tmp_path/'plain'), '--no-refit'])
     read = lambda name: pd.read_csv(tmp_path/name/'val_predictions.tsv', sep='\t', index_col=0)
     r, plain = Files(tmp_path/'run'), Files(tmp_path/'plain')
     pd.testing.assert_frame_equal(read('run'), read('plain'))
     before = load_checkpoint(tmp_path/'run'/'checkpoints'/'before_refit.pt')
-    assert all(torch.equal(w, plain.weights[k]) for k, w in before['weights'].items()) and 'refit' not in before
-    assert r.best['refit'] and r.best['training_ids'] == sorted([*r.ids('train'), *r.ids('val')], key=r.best['training_ids'].index) and r.best['landmarks'] == len(r.ids('train')) + len(r.ids('val'))
+    assert all(torch.equal(w, plain.weights[k]) for k, w in before['weights'].items()) and 'before_refit' not in before
+    assert r.best['training_ids'] == sorted([*r.ids('train'), *r.ids('val')], key=r.best['training_ids'].index) and r.best['landmarks'] == len(r.ids('train')) + len(r.ids('val'))
     for k, w in r.weights.items():
-        if '.linear.' not in k: assert torch.equal(w, before['weights'][k])
+        if '.linear' not in k: assert torch.equal(w, before['weights'][k])
+    table = read_table(place('SURVEY/table.biom')[0])
+    new, old = (load_predictor(x.best).predict(table)[:, 0] for x in (r, plain))
+    seen = np.isin(table.sample_ids, r.ids('val'))
+    np.testing.assert_allclose(new[seen], old[seen], rtol=1e-5)
+    assert (np.abs(new - old)[~seen] > 1e-6).mean() > .9
     run_command(['train', *given, '--resume-from', str(tmp_path/'run')])
     again = Files(tmp_path/'run')
     pd.testing.assert_frame_equal(read('run'), read('plain'))

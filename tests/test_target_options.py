@@ -119,16 +119,19 @@ def test_class_weights(run, folder, how):
     np.testing.assert_allclose(recorded_loss(r), expected, rtol=1e-4)
 
 
-def test_class_weights_reach_the_linear_path(run):
+def test_class_weights_reach_the_linear_path(run, survey):
     "Weights of 1 and 4 move the odds of the linear model by 4."
-    even, skewed = (validated(run('rare', classifier=True, class_weights=w, epochs=1, lr=1e-12, val_prediction_passes=1)) for w in ('1,1', '1,4'))
-    odds = lambda f: f.p_rare/f.p_common
+    def said(w):
+        state = load_checkpoint(run('rare', classifier=True, class_weights=w, refit=False).paths['best_model'])
+        return load_predictor(state | dict(share=1.)).predict(read_table(survey/'table.biom'), passes=1)
+    even, skewed = said('1,1'), said('1,4')
+    odds = lambda p: p[:, 1]/p[:, 0]
     np.testing.assert_allclose(odds(skewed)/odds(even), 4, rtol=1e-3)
 
 
 def wild_predictions(r, table, size=300):
     "Of the model of `r` when its head says anything, and the opposite."
-    predictor, found = load_predictor(load_checkpoint(r.paths['best_model'])), []
+    predictor, found = load_predictor(load_checkpoint(r.paths['best_model']) | dict(share=0.5)), []
     for sign in 1, -1:
         torch.manual_seed(0)
         for p in predictor.model.heads['target'].deep[-1].parameters(): torch.nn.init.normal_(p, std=size).data.mul_(sign)
@@ -155,18 +158,27 @@ def test_training_starts_at_the_mean(run, folder):
     for options in dict(), dict(bounded_targets=True), dict(output_activation='softplus'):
         r = run('age', **options, **plain, lr=1e-12)
         head = r.model.model.heads['target']
-        start = r.model.target.transform.decode(head.finish(torch.zeros(1, 1)).detach().numpy())
+        start = r.model.target.transform.decode(head.link.forward(head.units()[0])[None].detach().numpy())
         np.testing.assert_allclose(start, training_values(r, folder, 'age').mean(), rtol=1e-3)
 
 
-def test_linear_floor_survives_the_options(run):
-    "Before a step is taken, a range or quantiles change predictions of the linear path only where it leaves the range."
-    base = validated(run('age', lr=1e-12)).prediction
-    median = validated(run('age', lr=1e-12, loss_type='quantile', quantiles='0.1,0.5,0.9'))
-    bounded = validated(run('age', lr=1e-12, bounded_targets=True)).prediction
-    shift = median.prediction - base # the median of what the linear path leaves over
-    np.testing.assert_allclose(shift, shift.iloc[0], atol=1e-3*np.ptp(base))
-    assert np.abs(bounded - base).median() < .02*np.ptp(base)
+def test_linear_floor_survives_the_options(run, survey):
+    "A range or quantiles change predictions of the linear path only where it leaves the range."
+    def said(**options): return load_predictor(load_checkpoint(run('age', refit=False, **options).paths['best_model']) | dict(share=1.)).predict(read_table(survey/'table.biom'))
+    base = said()[:, 0]
+    shift = said(loss_type='quantile', quantiles='0.1,0.5,0.9')[:, 0] - base[:, None] # those of its out-of-fold errors
+    np.testing.assert_allclose(shift, np.tile(shift[0], (len(shift), 1)), atol=1e-3*np.ptp(base))
+    assert shift[0, 0] < shift[0, 1] < shift[0, 2]
+    assert np.abs(said(bounded_targets=True)[:, 0] - base).mean() < .05*np.ptp(base)
+
+
+def test_linear_floor_leans_to_the_cheaper_side(run, survey):
+    "An asymmetric loss shifts the linear path to the quantile of its out-of-fold errors that costs least."
+    def said(**options): return load_predictor(load_checkpoint(run('age', refit=False, **options).paths['best_model']) | dict(share=1.)).predict(read_table(survey/'table.biom'))[:, 0]
+    low, high = (said(loss_type='asymmetric', over_penalty=o, under_penalty=u) for o, u in ((4., 1.), (1., 4.)))
+    shift = high - low
+    np.testing.assert_allclose(shift, shift[0], atol=1e-3*np.ptp(low))
+    assert shift[0] > .1*np.ptp(low)
 
 
 def test_range_that_targets_leave(run):
