@@ -192,8 +192,8 @@ def pretraining_page(study) -> str:
     lines = []
     for cell in study.part('main'):
         found = [r['pretraining'] for r in cell.records(study.records) if r.get('pretraining')]
-        mean = lambda key: shown(np.mean([p[key] for p in found]) if found else None)
-        lines.append([cell.task, len(found), mean('unifrac_r2'), mean('unifrac_reachable_r2'), mean('nuc_accuracy')])
+        means = [shown(np.mean([p[key] for p in found]) if found else None) for key in ('unifrac_r2', 'unifrac_reachable_r2', 'nuc_accuracy')]
+        lines.append([cell.task, len(found), *means])
     return '## Pre-training\n\nR2 of UniFrac distances between the samples that stop training (whole groups that it is not fitted on), encoder and tree seeing the same rarefaction; what another rarefaction of the same samples reaches; share of the masked bases that are right. Means over folds.\n\n' + \
         markdown(['task', 'folds', 'R2', 'another rarefaction', 'masked bases'], lines)
 
