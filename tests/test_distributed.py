@@ -156,7 +156,7 @@ def finish(process):
 
 
 def measured(aam, once, ranks, **env):
-    folder = once(f'ranks{ranks}{"".join(env.values())}', lambda folder: (folder.mkdir(), finish(start(aam, *torchrun, ranks, __file__, folder/'found.json', env=env))))
+    folder = once(f'ranks{ranks}{"".join(env.values())}', lambda folder: (folder.mkdir(exist_ok=True), finish(start(aam, *torchrun, ranks, __file__, folder/'found.json', env=env))))
     return json.loads((folder/'found.json').read_text())
 
 
