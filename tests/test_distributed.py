@@ -150,7 +150,7 @@ def start(aam, *words, **how):
 
 
 def finish(process):
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     return said
 
