@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ridge_strengths', 'logistic_strengths', 'known_asvs', 'identify', 'slot_weights', 'one_hot', 'linear_features',
            'block_scales', 'choose_landmarks', 'padded_draws', 'landmark_distances', 'nystrom', 'Landmarks',
-           'LinearPath', 'fit_scaled', 'scaled', 'narrow', 'folds', 'out_of_fold', 'choose_strength', 'fit_linear',
-           'skill', 'linear_share']
+           'LinearPath', 'fit_scaled', 'scaled', 'narrow', 'folds', 'out_of_fold', 'Chosen', 'choose_strength',
+           'fit_linear', 'unexplained', 'skill', 'skill_of', 'linear_share']
 
 # %% ../nbs/09_linear.ipynb #ffe09df0
 import numpy as np
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import sparse
 from torch import Tensor
+from typing import NamedTuple
 
 from .data import SampleData, limit_asvs, view_draw
 
@@ -151,6 +152,7 @@ class LinearPath(nn.Module):
         self.register_buffer('presence_weight', torch.zeros(known + 1, outputs))
         if self.sizes: self.register_buffer('category_weight', torch.zeros(len(self.sizes), max(self.sizes) + 1, outputs)) # row 0: unknown
         self.register_buffer('bias', torch.zeros(outputs))
+        self.register_buffer('left_out', torch.tensor([1., 0.])) # loss on left-out folds, over that of guessing, and their number of samples
 
     def of_categories(self, categories:Tensor): # (B, C) -> (B, O)
         "What the categories add."
@@ -256,15 +258,23 @@ def out_of_fold(X, y, strength:float, classes:int, parts:list) -> np.ndarray: # 
 # %% ../nbs/09_linear.ipynb #09aa0037
 ridge_strengths, logistic_strengths = np.logspace(-2, 3, 11), np.array([1., 3., 10., 30., 100., 300., 1000.])
 
-def choose_strength(X, y, classes:int, groups, seed:int, most:int=1000) -> float:
+class Chosen(NamedTuple):
+    "An inverse penalty, and how good the outputs are for folds that were left out."
+    strength:float
+    unexplained:float=1. # their loss, over that of guessing
+    judged:int=0 # samples
+
+def choose_strength(X, y, classes:int, groups, seed:int, most:int=1000) -> Chosen:
     "The inverse penalty with the best out-of-fold outputs, on at most so many samples."
     strengths = logistic_strengths if classes else ridge_strengths
     some = np.arange(len(y)) if len(y) <= most else np.sort(np.random.default_rng(seed).choice(len(y), most, replace=False))
     X, y = narrow(X[some])[0], y[some]
     parts = folds(y, classes, None if groups is None else groups[some], seed)
-    if not parts: return float(strengths[len(strengths)//2])
+    if not parts: return Chosen(float(strengths[len(strengths)//2]))
     judged = np.concatenate([fold for _, fold in parts])
-    return float(min(strengths, key=lambda s: _loss(out_of_fold(X, y, s, classes, parts)[judged], y[judged], classes)))
+    loss, strength = min((_loss(out_of_fold(X, y, s, classes, parts)[judged], y[judged], classes), float(s)) for s in strengths)
+    guess = np.log(np.bincount(y[judged], minlength=classes).clip(1)/len(judged)) if classes else np.nanmean(y[judged], 0)
+    return Chosen(strength, loss/max(_loss(np.tile(guess, (len(judged), 1)), y[judged], classes), 1e-12), len(judged))
 
 def fit_linear(
     X:sparse.csr_matrix, # features, (N, 2V + M + K)
@@ -274,33 +284,43 @@ def fit_linear(
     seed:int=42,
     more:list[int]=(), # columns of the blocks after the first two
     left_out:bool=False, # are out-of-fold outputs asked for?
-): # coefficients (2V + M + K, O), bias (O,), strength, and out-of-fold outputs (N, O) or None
+): # coefficients (2V + M + K, O), bias (O,), `Chosen`, and out-of-fold outputs (N, O) or None
     "A ridge or logistic regression whose penalty grouped cross-validation chooses."
     scales = block_scales(X, more)
     X, back = narrow(scaled(X, scales))
-    strength = choose_strength(X, y, classes, groups, seed)
-    weights, bias = fit_scaled(X, y, strength, classes)
-    return back(weights) * scales[:, None], bias, strength, out_of_fold(X, y, strength, classes, folds(y, classes, groups, seed)) if left_out else None
+    chosen = choose_strength(X, y, classes, groups, seed)
+    weights, bias = fit_scaled(X, y, chosen.strength, classes)
+    return back(weights) * scales[:, None], bias, chosen, out_of_fold(X, y, chosen.strength, classes, folds(y, classes, groups, seed)) if left_out else None
 
 # %% ../nbs/09_linear.ipynb #09aa0041
+def unexplained(
+    predicted:np.ndarray, # (N, O), or probabilities (N, classes)
+    actual:np.ndarray, # (N, O), NaN missing; or classes (N,), -1 missing
+) -> float:
+    "The loss, over that of the mean, or of the class shares, of `actual`."
+    if actual.ndim > 1: return float(np.nanmean((predicted - actual)**2/np.nanvar(actual, 0).clip(1e-12)))
+    predicted, actual = predicted[actual >= 0], actual[actual >= 0]
+    log_loss = lambda p: -np.log(np.maximum(p[np.arange(len(actual)), actual], 1e-6)).mean()
+    shares = np.bincount(actual, minlength=predicted.shape[1])/len(actual)
+    return float(log_loss(predicted)/max(log_loss(np.tile(shares, (len(actual), 1))), 1e-12))
+
 def skill(
     predicted:np.ndarray, # (N, O), or probabilities (N, classes)
     actual:np.ndarray, # (N, O), NaN missing; or classes (N,), -1 missing
 ) -> float:
     "How many times smaller the loss is than that of the mean, or of the class shares, of `actual`, less 1; at least 0."
-    if actual.ndim == 1:
-        predicted, actual = predicted[actual >= 0], actual[actual >= 0]
-        log_loss = lambda p: -np.log(np.maximum(p[np.arange(len(actual)), actual], 1e-6)).mean()
-        shares = np.bincount(actual, minlength=predicted.shape[1])/len(actual)
-        return float(max(0., log_loss(np.tile(shares, (len(actual), 1)))/log_loss(predicted) - 1))
-    variance = np.nanvar(actual, 0).clip(1e-12)
-    return float(max(0., 1/max(np.nanmean((predicted - actual)**2/variance), 1e-6) - 1))
+    return skill_of(unexplained(predicted, actual))
+
+def skill_of(unexplained:float) -> float: return max(0., 1/max(unexplained, 1e-6) - 1)
 
 def linear_share(
     learnt:np.ndarray, # predictions of the transformer
     linear:np.ndarray, # of the linear model
     actual:np.ndarray, # true values
+    left_out:float=1., # loss of the linear model on folds that were left out, over that of guessing
+    judged:int=0, # samples of these folds
 ) -> float:
     "Share of the linear model in a prediction."
-    linear, learnt = 3*skill(linear, actual), skill(learnt, actual)
+    n = len(actual)
+    linear, learnt = 3*skill_of((n*unexplained(linear, actual) + judged*left_out)/(n + judged)), skill(learnt, actual)
     return linear/(linear + learnt) if linear + learnt else 1.

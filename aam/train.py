@@ -181,6 +181,7 @@ def linear_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,) or 0
 
 def fit_start(head, task:Task, samples, options):
     "Fits the linear path of `head` to `samples`, of which `--landmarks` are its landmarks; whole groups (`--group-column`) are in one fold."
+    import torch
     from aam.linear import choose_landmarks, fit_linear, linear_features
     from aam.metadata import get_column
     group, seed, path, (y, shift) = options['split'].group_column, options['run'].seed, head.linear, linear_targets(head, task)
@@ -188,8 +189,9 @@ def fit_start(head, task:Task, samples, options):
     if path.landmarks is not None: path.landmarks.place(task.data, choose_landmarks(samples, options['target'].landmarks, seed))
     features = linear_features(task.data, samples, path.sizes, path.landmarks)
     shifted = bool({'quantile', 'asymmetric'} & set(options['target'].loss_types)) and not task.goal.classes
-    weights, bias, _, left_out = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more, shifted)
+    weights, bias, chosen, left_out = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more, shifted)
     path.set(weights, bias + shift)
+    path.left_out.copy_(torch.tensor([chosen.unexplained, chosen.judged]))
     if shifted: shift_start(head, task.data.target[samples], left_out, options['target'])
 
 def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the learnt scale (N, O), out-of-fold outputs (N, O)
@@ -209,7 +211,7 @@ def mix_paths(session, task:Task, predictor, log):
     head, inputs, training, said = predictor.model.heads['target'], task.inputs, session.options['training'], []
     if head.linear is None: return
     for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size)))
-    head.share = linear_share(*said, task.actual[task.stop])
+    head.share = linear_share(*said, task.actual[task.stop], *head.linear.left_out.tolist())
     save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share), session.folder.best)
     log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt in training')
 

@@ -378,7 +378,7 @@ def test_linear_start_has_its_share(place, tmp_path):
     assert np.abs(learnt - linear).max() > 1e-3
     np.testing.assert_allclose(mean, learnt + r.best['share']*(linear - learnt), rtol=1e-4)
     actual = pd.read_csv(tmp_path/'run'/'val_predictions.tsv', sep='\t', index_col=0).actual.to_numpy()[:, None]
-    assert r.best['share'] == pytest.approx(linear_share(learnt, linear, actual), rel=1e-3)
+    assert r.best['share'] == pytest.approx(linear_share(learnt, linear, actual, *r.weights['heads.target.linear.left_out'].tolist()), rel=1e-3)
     assert [line['val_loss'] for line in r.lines] == [line['val_loss'] for line in none.lines]
 
 
