@@ -582,6 +582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'aam/inference.py'),
                                'aam.inference.Predictor.read_frame': ('inference.html#predictor.read_frame', 'aam/inference.py'),
                                'aam.inference.Predictor.require': ('inference.html#predictor.require', 'aam/inference.py'),
+                               'aam.inference.Predictor.vectors': ('inference.html#predictor.vectors', 'aam/inference.py'),
                                'aam.inference.Target': ('inference.html#target', 'aam/inference.py'),
                                'aam.inference.Target.actual': ('inference.html#target.actual', 'aam/inference.py'),
                                'aam.inference.Target.categories': ('inference.html#target.categories', 'aam/inference.py'),

@@ -25,7 +25,7 @@ from .monitor import progress_bar
 from .predictor import Model
 from .table import Table
 from .transforms import TargetTransform
-from .vectors import draw_states, encode_asvs
+from .vectors import AsvVectors, draw_states, encode_asvs
 
 log = logging.getLogger('aam')
 
@@ -112,11 +112,12 @@ def predict_outputs(
     passes:int=1, # rarefactions
     asv_chunk_size:int=256, # ASVs encoded at a time; 0: all of one length
     progress:bool=False, # show progress bars
+    vectors=None, # `AsvVectors` of their ASVs, if there are some already
 ) -> list:
     "Outputs of each pass over `samples`, with the positions in `samples` they belong to."
     model.to(device).eval()
     samples, found = np.asarray(samples, int), []
-    vectors = encode_asvs(model, data, samples, asv_chunk_size, device, progress)
+    if vectors is None: vectors = encode_asvs(model, data, samples, asv_chunk_size, device, progress)
     richest = np.argsort(-np.diff(data.table.counts.indptr)[samples], kind='stable')
     deep = richest[data.table.reads[samples[richest]] > data.depth]
     with progress_bar(len(richest) + (passes - 1)*len(deep), 'predicting samples', shown=progress) as bar:
@@ -173,7 +174,7 @@ class Predictor:
         table:Table,
         frame:pd.DataFrame=None, # metadata, where the model reads categories
         sample_ids=None, # which samples; all of the table
-        **how, # batch_size, device, passes, asv_chunk_size, progress
+        **how, # batch_size, device, passes, asv_chunk_size, progress, vectors
     ) -> np.ndarray: # (N, O) or (N, O, Q) in original units, or (N, classes)
         "Readable predictions."
         return self.predict_with_variance(table, frame, sample_ids, **how)[0]
@@ -190,6 +191,7 @@ class Predictor:
         positions, how = np.array([data.position[s] for s in sample_ids], int), {'passes': self.passes, **how}
         predict = lambda part: predict_samples(self.model, self.target, data, positions[part], None if categories is None else categories[part], **how)
         refitted = np.isin(list(sample_ids), self.before['samples'] if self.before else [])
+        if 0 < refitted.sum() < len(positions) and 'vectors' not in how: how['vectors'] = self.vectors(data, positions, **{k: how[k] for k in ('device', 'asv_chunk_size', 'progress') if k in how})
         found = [(~refitted, predict(~refitted))] if not refitted.all() or not len(positions) else []
         if refitted.any():
             with self.before_refit(data): found.append((refitted, predict(refitted)))
@@ -197,6 +199,10 @@ class Predictor:
         for part, values in found:
             for x, v in zip(whole, values): x[part] = v
         return tuple(whole)
+
+    def vectors(self, data:SampleData, positions, device:str='cpu', asv_chunk_size:int=256, progress:bool=False) -> AsvVectors:
+        "Vectors of the ASVs of samples, for several predictions."
+        return encode_asvs(self.model.to(device).eval(), data, positions, asv_chunk_size, device, progress)
 
     @contextmanager
     def before_refit(self, data:SampleData):

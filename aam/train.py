@@ -204,16 +204,19 @@ def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the 
         if level is not None: head.linear_shift[i] = errors[:, i].nanquantile(torch.tensor(level))
 
 # %% ../nbs/31_train.ipynb #31aa0002
-def mix_paths(session, task:Task, predictor, log):
+def mix_paths(session, task:Task, predictor, log): # AsvVectors of the samples to stop on
     "Chooses the linear path's share of a prediction, and writes it to `best_model.pt`."
     from aam.checkpoint import load_checkpoint, save_checkpoint
     from aam.linear import linear_share
     head, inputs, training, said = predictor.model.heads['target'], task.inputs, session.options['training'], []
-    if head.linear is None: return
-    for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size)))
+    how = dict(device=session.device, asv_chunk_size=training.asv_chunk_size)
+    vectors = predictor.vectors(predictor.data(inputs.table), task.stop, **how)
+    if head.linear is None: return vectors
+    for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, vectors=vectors, **how)))
     head.share = linear_share(*said, task.actual[task.stop], *head.linear.left_out.tolist())
     save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share), session.folder.best)
     log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt in training')
+    return vectors
 
 def refit_start(session, task:Task, log):
     "Fits the linear path of the best model anew on the fit and stop samples; the model before is kept as `before_refit.pt`."
@@ -279,12 +282,12 @@ def make_score(task:Task, model):
     return score
 
 # %% ../nbs/31_train.ipynb #c86887ff
-def score_part(session, part:str, ids, predictor, inputs, training, log) -> dict:
+def score_part(session, part:str, ids, predictor, inputs, training, log, **how) -> dict:
     "Scores, `<part>_predictions.tsv` and a picture."
     from aam.inference import prediction_frame
     from aam.metrics import beside_guess
     target, frame = predictor.target, inputs.frame.loc[ids]
-    predicted, actual = predictor.predict(inputs.table, inputs.frame, ids, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size, progress=True), target.actual(frame)
+    predicted, actual = predictor.predict(inputs.table, inputs.frame, ids, batch_size=training.batch_size, device=session.device, asv_chunk_size=training.asv_chunk_size, progress=True, **how), target.actual(frame)
     short = {'validation': 'val'}.get(part, part)
     prediction_frame(target, ids, predicted, actual).to_csv(session.folder/f'{short}_predictions.tsv', sep='\t', index=False)
     scores = target.scores(actual, predicted)
@@ -315,8 +318,8 @@ def finish(session, task:Task, log):
     training = session.options['training']
     read_best = lambda: load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
     predictor = read_best()
-    mix_paths(session, task, predictor, log)
-    scores = dict(validation=score_part(session, 'validation', task.parts.stop, predictor, task.inputs, training, log))
+    vectors = mix_paths(session, task, predictor, log)
+    scores = dict(validation=score_part(session, 'validation', task.parts.stop, predictor, task.inputs, training, log, vectors=vectors))
     if session.options['target'].refit:
         refit_start(session, task, log)
         predictor = read_best()
