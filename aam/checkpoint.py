@@ -166,7 +166,8 @@ def describe_model(model:Model) -> dict:
                 weights={k: full(v.detach()).cpu().clone() for k, v in model.state_dict().items()})
 
 def build_model(state:dict, **memory) -> Model:
-    "The model that `state` describes, with its weights."
+    "The model that `state` describes, with its weights; raises `AamError` for a state whose paths were put together in another way."
+    if state['outputs'] and 'share' not in state: raise AamError('this model was trained by an earlier aam, which added up the parts of a prediction in another way; train it again')
     categories = CategoryOptions(**state['categories']) if state.get('categories') else None
     model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], categories=categories, vocabulary=state.get('vocabulary'),
                   head=HeadOptions(**state['head']), quantiles=state['quantiles'], landmarks=state.get('landmarks', 0), **memory)
