@@ -19,6 +19,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from aam.cli import leave
 from aam.config import AamError, EncoderOptions, ParallelOptions, TrainingOptions
 from aam.data import Deal, Plan, SampleData, take_part
 from aam.distributed import Group, full, single, start_ranks
@@ -137,7 +138,9 @@ def compare(path):
     there.close()
 
 
-if __name__ == '__main__': compare(sys.argv[1])
+if __name__ == '__main__':
+    compare(sys.argv[1])
+    leave(0)
 
 
 # ---- one process and several
