@@ -8,7 +8,7 @@ __all__ = ['commands', 'load_command', 'overview', 'run_command', 'leave', 'main
 # %% ../nbs/40_cli.ipynb #dfb81a2e
 import importlib, os, sys, time
 
-from .config import AamError, Interrupted, categorical_help, command_parser, nearest, parse_command
+from .config import AamError, Interrupted, categorical_help, command_parser, launched, nearest, parse_command
 
 # %% ../nbs/40_cli.ipynb #d60dfefd
 commands = {
@@ -44,14 +44,12 @@ def run_command(argv:list[str]):
     function, name = load_command(argv[0]), f'aam {argv[0]}'
     if argv[0] in ('train', 'evaluate') and '--categorical-help' in argv: return print(categorical_help) # before required options are missed
     if {'-h', '--help'} & set(argv[1:]): return print(command_parser(function, name).format_help())
-    if argv[0] not in ('pretrain', 'train') and {'WORLD_SIZE', 'SLURM_STEP_ID'} & os.environ.keys():
-        from aam.distributed import launched
-        if launched()[1] > 1: raise AamError(f'started with {launched()[1]} processes: aam {argv[0]} needs one')
+    if argv[0] not in ('pretrain', 'train') and launched()[1] > 1: raise AamError(f'started with {launched()[1]} processes: aam {argv[0]} needs one')
     return function(**parse_command(function, argv[1:], name))
 
 def leave(code:int) -> int:
     "Ends one of several processes at once: on the usual way out, threads of their connections, which Python does not know of, can abort it."
-    if {'WORLD_SIZE', 'SLURM_STEP_ID'} & os.environ.keys() and 'aam.distributed' in sys.modules and sys.modules['aam.distributed'].launched()[1] > 1:
+    if launched()[1] > 1:
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(code)
     return code
@@ -66,7 +64,7 @@ def exit_code(argv:list[str]=None) -> int:
     try: result = run_command(argv)
     except AamError as error:
         if '--debug' in argv: raise
-        rank = int(os.environ.get('RANK') or (os.environ.get('SLURM_PROCID', 0) if 'SLURM_STEP_ID' in os.environ else 0))
+        rank = launched()[0]
         if rank: time.sleep(1) # rank 0 most likely says the same, and then the others are ended
         print(f"aam{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2

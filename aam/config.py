@@ -7,15 +7,15 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'precision_names', 'compile_names', 'share_names', 'mask_strategy_names', 'unifrac_metric_names',
            'fusion_names', 'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names',
            'device_names', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options',
-           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'Bounds', 'Number', 'choice',
-           'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options', 'check_value', 'InputOptions',
-           'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions',
-           'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale', 'split_names',
+           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'launched', 'Bounds', 'Number',
+           'choice', 'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options', 'check_value',
+           'InputOptions', 'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source', 'LossOptions',
+           'TargetOptions', 'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale', 'split_names',
            'CategoryOptions', 'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments', 'command',
            'build_options', 'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
-import argparse, ast, difflib, functools, inspect, json, sys, time
+import argparse, ast, difflib, functools, inspect, json, os, sys, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -35,6 +35,13 @@ def nearest(name:str, known) -> list[str]:
 class Interrupted(SystemExit):
     "Training was told to stop, and its state is saved."
     def __init__(self): super().__init__(75)
+
+# %% ../nbs/00_config.ipynb #d1571011
+def launched(env=os.environ) -> tuple: # rank, number of ranks, rank on this node
+    "What `torchrun` or `srun` says about this process; (0, 1, 0) for one that was started by itself."
+    names = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'
+    if 'RANK' not in env and 'SLURM_STEP_ID' in env: names = 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS' if 'SLURM_STEP_NUM_TASKS' in env else 'SLURM_NTASKS', 'SLURM_LOCALID'
+    return tuple(int(env.get(name, default)) for name, default in zip(names, (0, 1, 0)))
 
 # %% ../nbs/00_config.ipynb #7849b6f7
 asv_sampling_names = 'first', 'abundance', 'random'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'single', 'all_gather_rows', 'reduce_scatter_rows', 'sync_buffers', 'strategies', 'strategy_options',
-           'launched', 'first_host', 'meeting_point', 'Ranks', 'Group', 'replicate', 'shard', 'full', 'Spread',
-           'Replicas', 'start_ranks', 'meet']
+           'first_host', 'meeting_point', 'Ranks', 'Group', 'replicate', 'shard', 'full', 'Spread', 'Replicas',
+           'start_ranks', 'meet']
 
 # %% ../nbs/23_distributed.ipynb #d1570004
 import inspect, logging, os, re, warnings
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import AamError
+from .config import AamError, launched
 from .data import Deal
 from .layers import Block, running_statistics
 from .predictor import Model
@@ -28,12 +28,6 @@ from .predictor import Model
 log = logging.getLogger('aam')
 
 # %% ../nbs/23_distributed.ipynb #d1570011
-def launched(env=os.environ) -> tuple: # rank, number of ranks, rank on this node
-    "What `torchrun` or `srun` says about this process; (0, 1, 0) for one that was started by itself."
-    names = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'
-    if 'RANK' not in env and 'SLURM_STEP_ID' in env: names = 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS' if 'SLURM_STEP_NUM_TASKS' in env else 'SLURM_NTASKS', 'SLURM_LOCALID'
-    return tuple(int(env.get(name, default)) for name, default in zip(names, (0, 1, 0)))
-
 def first_host(nodes:str) -> str:
     "The first host of a list as SLURM writes it."
     head = re.match(r'[^,\[]+', nodes)[0]

@@ -18,9 +18,9 @@ from fastcore.basics import patch
 
 from .blocks import find_device
 from .checkpoint import ShardWriter, build_model, describe_model, load_checkpoint, put_in_place, save_checkpoint
-from .config import AamError, Interrupted, option_name, started
+from .config import AamError, Interrupted, launched, option_name, started
 from .data import Plan, SampleData, all_unifrac
-from .distributed import launched, start_ranks
+from .distributed import start_ranks
 from .diagnosis import quick_check
 from .figures import loss_curves, save_figure
 from .inputs import Inputs, read_split

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from speed import batch_size, bases, occurrences, sizes, tree_branches
 
-from aam.config import EncoderOptions, TrainingOptions
+from aam.config import EncoderOptions, TrainingOptions, launched
 from aam.data import Plan, SampleData
-from aam.distributed import Group, launched, single, start_ranks
+from aam.distributed import Group, single, start_ranks
 from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
