@@ -449,6 +449,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'aam.evaluate._read_predictions': ('evaluate.html#_read_predictions', 'aam/evaluate.py'),
                               'aam.evaluate._restart': ('evaluate.html#_restart', 'aam/evaluate.py'),
                               'aam.evaluate._table': ('evaluate.html#_table', 'aam/evaluate.py'),
+                              'aam.evaluate._visible_gpus': ('evaluate.html#_visible_gpus', 'aam/evaluate.py'),
                               'aam.evaluate._write_lists': ('evaluate.html#_write_lists', 'aam/evaluate.py'),
                               'aam.evaluate.add_record': ('evaluate.html#add_record', 'aam/evaluate.py'),
                               'aam.evaluate.caveats': ('evaluate.html#caveats', 'aam/evaluate.py'),

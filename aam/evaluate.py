@@ -287,12 +287,20 @@ def run_job(job:Job) -> dict:
     return dict(kind=kind, repeat=repeat, fold=fold, seed=seed, seconds=round(time.perf_counter() - start, 1), test=job.fold.test, **found)
 
 # %% ../nbs/34_evaluate.ipynb #34e00018
-def _be_one_of(n:int):
-    "Prepares a process that runs fits beside others."
+def _visible_gpus() -> list[str]:
+    "The GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them."
+    import torch
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+
+def _be_one_of(n:int, gpus:list, places):
+    "Prepares a process that runs fits beside others; `places` is a queue of their numbers."
     import threading, multiprocessing
     from multiprocessing.connection import wait
     cores = max(1, (os.cpu_count() or 1)//n)
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, str(cores)) # before numpy is imported
+    os.environ['LOCAL_WORLD_SIZE'] = str(n) # loaders share the cores, too
+    if gpus: os.environ['CUDA_VISIBLE_DEVICES'] = gpus[places.get() % len(gpus)] # before CUDA is
     def follow():
         wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
@@ -311,8 +319,10 @@ def run_jobs(jobs:list[Job], n:int, finished, may_start=lambda job: True, go_on:
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
-    running, failure = {}, None
-    with ProcessPoolExecutor(n, mp_context=get_context('spawn'), initializer=_be_one_of, initargs=(n,)) as pool:
+    running, failure, context = {}, None, get_context('spawn')
+    gpus, places = _visible_gpus() if any(job.kind == 'aam' for job in jobs) else [], context.SimpleQueue()
+    for place in range(n): places.put(place)
+    with ProcessPoolExecutor(n, mp_context=context, initializer=_be_one_of, initargs=(n, gpus, places)) as pool:
         while running or (waiting and failure is None):
             while failure is None and len(running) < n:
                 job = next((j for j in waiting if _is_free(j, running.values())), None)
