@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['format_version', 'save_checkpoint', 'sync_folder', 'kept_checkpoints', 'remove', 'put_in_place', 'land', 'make_room',
-           'DamagedCheckpoint', 'read_archive', 'take_tensors', 'put_tensors', 'read_shards', 'ShardWriter',
-           'load_checkpoint', 'describe_model', 'build_model', 'pretrained_options', 'load_pretrained']
+           'DamagedCheckpoint', 'read_archive', 'take_tensors', 'put_tensors', 'checksum', 'seal_shards', 'read_shards',
+           'ShardWriter', 'load_checkpoint', 'describe_model', 'build_model', 'pretrained_options', 'load_pretrained']
 
 # %% ../nbs/24_checkpoint.ipynb #dfec84e5
-import os, shutil, threading, zipfile
+import os, shutil, threading, zipfile, zlib
 import torch
 from dataclasses import fields
 from pathlib import Path
@@ -97,11 +97,26 @@ def put_tensors(state, found:dict):
     if isinstance(state, dict): return found[state['__tensor__']] if '__tensor__' in state else {k: put_tensors(x, found) for k, x in state.items()}
     return [put_tensors(x, found) for x in state] if isinstance(state, list) else state
 
+# %% ../nbs/24_checkpoint.ipynb #d1572407
+def checksum(path:Path) -> int: # CRC-32
+    "Of the bytes of a file."
+    value = 0
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20): value = zlib.crc32(block, value)
+    return value
+
+def seal_shards(path:Path, plain:dict):
+    "Completes the folder `path`, into which the tensors of a state were written, with what else is in it and the checksums of the files."
+    save_checkpoint(dict(plain, checksums={p.name: checksum(p) for p in [path/'.metadata', *path.glob('*.distcp')]}), path/'state.pt')
+
 def read_shards(path:Path):
-    "What `ShardWriter` wrote to the folder `path`, in one piece; raises `DamagedCheckpoint` if there is not all of it."
+    "What `ShardWriter` wrote to the folder `path`, in one piece; raises `DamagedCheckpoint` unless every byte is as it was."
     import torch.distributed.checkpoint as dcp
     try:
-        plain, about = read_archive(path/'state.pt'), dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        plain = read_archive(path/'state.pt')
+        for name, value in plain.pop('checksums').items():
+            if checksum(path/name) != value: raise OSError(name)
+        about = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in about.items()}
         dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except (Exception, dcp.CheckpointException) as e: raise DamagedCheckpoint(f'{path}: not a checkpoint of aam, or damaged ({type(e).__name__}); give the best_model.pt, last.pt or last.dcp of a run') from e
@@ -119,19 +134,18 @@ class ShardWriter:
         self.finish()
         beside, tensors = path.with_name(path.name + '.part'), {}
         plain = take_tensors(dict(state, format=format_version), tensors)
-        if self.ranks.lead:
-            if beside.exists(): remove(beside)
-            beside.mkdir()
-            save_checkpoint(plain, beside/'state.pt')
+        if self.ranks.lead and beside.exists(): remove(beside)
         self.ranks.barrier()
         future = dcp.async_save(tensors, checkpoint_id=beside, process_group=self.group)
-        self.under_way = future, beside, path, keep
+        self.under_way = future, plain, beside, path, keep
         if self.ranks.lead: future.add_done_callback(lambda _: self.land(*self.under_way))
 
-    def land(self, future, beside:Path, path:Path, keep:int):
-        "Gives what is written its name, once."
+    def land(self, future, plain:dict, beside:Path, path:Path, keep:int):
+        "Completes what is written and gives it its name, once."
         with self.lock:
-            if not future.exception() and beside.exists(): land(beside, path, keep)
+            if future.exception() or not beside.exists(): return
+            seal_shards(beside, plain)
+            land(beside, path, keep)
 
     def finish(self):
         "Waits until what was begun is written; all ranks call it."

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -28,7 +29,7 @@ def command(aam, survey, name, folder, *more):
 @pytest.fixture(scope='session')
 def undisturbed(aam, survey, once):
     "The folder of a run that nobody disturbed, and what more than the name it was given."
-    return lambda name, *more: once(f"undisturbed_{name}{'_'.join(map(str, more)).replace('/', '_')[-60:]}", lambda folder: aam(*command(aam, survey, name, folder, *more)))
+    return lambda name, *more, **how: once(f"undisturbed_{name}{'_'.join(map(str, more)).replace('/', '_')[-60:]}", lambda folder: aam(*command(aam, survey, name, folder, *more), **how))
 
 
 def lines(folder):
@@ -238,6 +239,23 @@ def test_damaged_state_is_passed_over(aam, survey, undisturbed, tmp_path):
     assert refused.returncode == 2 and 'no intact last.pt' in refused.err
     said = aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto')).err
     assert said.count('damaged, passed over') == 2 and 'starting afresh' in said
+    expect_equal(folder, whole)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize('file', ['__1_0.distcp', '.metadata', 'state.pt'])
+def test_damaged_shards_are_passed_over(aam, survey, undisturbed, tmp_path, file):
+    "A turned bit in any file of the folder is noticed, by one process and by two."
+    two = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'aam.cli')
+    whole, folder = undisturbed('pretrain', '--fsdp', launcher=two), tmp_path/'run'
+    shutil.copytree(whole, folder)
+    last = folder/'checkpoints'/'last.dcp'
+    damage(last/file)
+    refused = aam(*command(aam, survey, 'pretrain', folder, '--resume-from', last), fails=True)
+    assert refused.returncode == 2 and refused.err.count('\n') == 1 and f'{last}: not a checkpoint of aam, or damaged' in refused.err
+    if file != '__1_0.distcp': return
+    said = aam(*command(aam, survey, 'pretrain', folder, '--fsdp', '--resume-from', 'auto'), launcher=two).err
+    assert said.count('damaged, passed over') == 1 and f'warning: {last}: damaged, passed over\n' in said and f'resuming {folder}/checkpoints/last-1.dcp after epoch {epochs - 1}' in said
     expect_equal(folder, whole)
 
 
