@@ -163,8 +163,10 @@ def measured(aam, once, ranks, **env):
     return json.loads((folder/'found.json').read_text())
 
 
-def expect_equal_to_one(found):
-    for kind, value in found.items(): assert value < 1e-5 if kind in ('losses', 'gradients', 'statistics') else 1e-3, (kind, value) # Adam makes much of the smallest gradients
+def expect_equal_to_one(found, device='cpu'):
+    limits = dict(losses=1e-5, gradients=1e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients
+    if device == 'cuda': limits['gradients'] = 3e-5 # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on H100s, 4.5e-6 on a CPU
+    for kind, value in found.items(): assert value < limits[kind], (kind, value)
 
 
 @pytest.mark.parametrize('name', cases)
@@ -189,7 +191,7 @@ def test_four_ranks_are_one_process(aam, once, name):
 @pytest.mark.parametrize('name', cases)
 def test_two_gpus_are_one(aam, once, name):
     "By NCCL. `pytest -n 0 -m gpu tests/test_distributed.py`"
-    expect_equal_to_one(measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name])
+    expect_equal_to_one(measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name], 'cuda')
 
 
 @pytest.mark.gpu
@@ -200,7 +202,7 @@ def test_data_parallel_is_one_gpu(monkeypatch, name):
     monkeypatch.setattr(sys.modules[__name__], 'device', 'cuda')
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     tasks, _, _, _, more = cases[name]
-    expect_equal_to_one(differences(*[follow(make_training(ranks, tasks, False, True, **more)) for ranks in (single, start_ranks('data-parallel', 'cuda'))]))
+    expect_equal_to_one(differences(*[follow(make_training(ranks, tasks, False, True, **more)) for ranks in (single, start_ranks('data-parallel', 'cuda'))]), 'cuda')
 
 
 @pytest.mark.parametrize('parts', [1, 2, 3, 5])
