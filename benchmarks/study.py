@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from aam.config import build_options
-from aam.evaluate import (Evaluation, add_record, aam_name, compare_methods, difference, evaluate, gather, make_jobs, movable, read_records, record_key, run_jobs, sample_scores,
-                          score_names, stacked_name, training_means)
+from aam.comparison import aam_name, compare_methods, difference, gather, sample_scores, score_names, stacked_name, training_means
+from aam.fits import add_record, make_jobs, movable, read_records, record_key, run_jobs
+from aam.folds import Evaluation, option_groups
 from aam.metadata import read_metadata
 
 here = Path(__file__).parent/'study'
@@ -62,7 +63,7 @@ class Cell:
                      group_column=a['group'], technical_columns=a.get('technical'), folds=min(self.plan['folds'], a.get('folds', 99)), repeats=self.plan['repeats'], seeds=self.plan['seeds'],
                      output_dir=self.folder, device=self.study.args.device)
         given |= self.plan['variants'][self.variant]
-        return build_options(evaluate.groups, {k: v for k, v in given.items() if v is not None})
+        return build_options(option_groups, {k: v for k, v in given.items() if v is not None})
 
     @property
     def folder(self): return self.study.args.work/digest(self.part, self.task, self.variant, self.share)

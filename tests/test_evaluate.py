@@ -20,8 +20,11 @@ from scipy import stats
 
 from aam.baselines import Task, fit_baselines, rarefied_counts
 from aam.checkpoint import load_checkpoint
+from aam.comparison import difference, gather
 from aam.config import AamError, build_options, unifrac_metric_names
-from aam.evaluate import Evaluation, EvaluationOptions, difference, evaluate, gather, make_features, make_jobs, pretrain_given, read_records, train_given
+from aam.evaluate import evaluate
+from aam.fits import make_jobs, read_records
+from aam.folds import Evaluation, EvaluationOptions, make_features, pretrain_given, train_given
 from aam.metadata import Fold, read_metadata
 from aam.pretrain import pretrain
 from aam.simulate import simulate
