@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import resource
+import signal
 import subprocess
 import sys
 
@@ -383,6 +384,15 @@ def test_help_is_light(aam, name):
         used.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         if used[-1] < 0.5: return
     pytest.fail(f'{min(used):.2f} CPU-s')
+
+
+@pytest.mark.parametrize('words', [['train', '--help'], ['--help'], ['check', '--table', 'none.biom']], ids=['longer than a buffer', 'shorter', 'an error'])
+def test_reader_that_leaves(aam, words):
+    "As `head` does: no traceback, and the exit code is that of a program ended by SIGPIPE."
+    process = aam.start(*words)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(timeout=60), said.count('\n')) == ((2, 1) if words[0] == 'check' else (128 + signal.SIGPIPE, 0)), said
 
 
 def test_overview(aam):
