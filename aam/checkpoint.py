@@ -126,7 +126,8 @@ def read_shards(path:Path):
 class ShardWriter:
     "Writes states in shards, while training goes on."
     def __init__(self, ranks:Ranks):
-        self.ranks, self.group, self.lock, self.under_way = ranks, torch.distributed.new_group(backend='gloo'), threading.Lock(), None # by itself, as it is heard at any time
+        self.ranks, self.group = ranks, torch.distributed.new_group(backend='gloo') # by itself, as it is heard at any time
+        self.lock, self.under_way, self.to_land = threading.Lock(), None, None
 
     def save(self, state:dict, path:Path, keep:int=1):
         "Begins to write `state` to the folder `path`; all ranks call it."
@@ -137,21 +138,23 @@ class ShardWriter:
         if self.ranks.lead and beside.exists(): remove(beside)
         self.ranks.barrier()
         future = dcp.async_save(tensors, checkpoint_id=beside, process_group=self.group)
-        self.under_way = future, plain, beside, path, keep
-        if self.ranks.lead: future.add_done_callback(lambda _: self.land(*self.under_way))
+        self.under_way = self.to_land = work = future, plain, beside, path, keep
+        if self.ranks.lead: future.add_done_callback(lambda _: self.land(work))
 
-    def land(self, future, plain:dict, beside:Path, path:Path, keep:int):
-        "Completes what is written and gives it its name, once."
+    def land(self, work:tuple):
+        "Completes what is written and gives it its name, once: here or in `finish`, whichever comes first."
+        future, plain, beside, path, keep = work
         with self.lock:
-            if future.exception() or not beside.exists(): return
+            if self.to_land is not work or future.exception(): return
             seal_shards(beside, plain)
             land(beside, path, keep)
+            self.to_land = None
 
     def finish(self):
         "Waits until what was begun is written; all ranks call it."
         if self.under_way is None: return
         self.under_way[0].result()
-        if self.ranks.lead: self.land(*self.under_way)
+        if self.ranks.lead: self.land(self.under_way)
         self.ranks.barrier()
         self.under_way = None
 
