@@ -176,18 +176,17 @@ def load_checkpoint(path:Path, kinds=('pretrain', 'train'), part:str='weights') 
 def describe_model(model:Model) -> dict:
     "What `build_model` needs, and the weights."
     target = model.heads['target'] if 'target' in model.tasks else None
-    outputs, linear = (len(target.centre), target.linear) if target else (0, None)
-    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=outputs, known=0 if linear is None else len(linear.abundance_weight) - 1, landmarks=0 if linear is None or linear.landmarks is None else linear.landmarks.rows.shape[1],
+    return dict(encoder=model.options.to_dict(), tasks=list(model.tasks), outputs=len(target.centre) if target else 0,
                 head=model.head.to_dict(), quantiles=model.quantiles, share=target.share if target else None,
                 categories=model.categories and model.categories.to_dict(), vocabulary=model.vocabulary,
                 weights={k: full(v.detach()).cpu().clone() for k, v in model.state_dict().items()})
 
 def build_model(state:dict, **memory) -> Model:
     "The model that `state` describes, with its weights; raises `AamError` for a state whose paths were put together in another way."
-    if state['outputs'] and 'share' not in state: raise AamError('this model was trained by an earlier aam, which added up the parts of a prediction in another way; train it again')
+    if state['outputs'] and 'known' in state: raise AamError('this model was trained by an earlier aam, which put the parts of a prediction together in another way; train it again')
     categories = CategoryOptions(**state['categories']) if state.get('categories') else None
-    model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], state['known'], categories=categories, vocabulary=state.get('vocabulary'),
-                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], landmarks=state.get('landmarks', 0), **memory)
+    model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], categories=categories, vocabulary=state.get('vocabulary'),
+                  head=HeadOptions(**state['head']), quantiles=state['quantiles'], **memory)
     model.load_state_dict(state['weights'])
     if 'target' in model.tasks: model.heads['target'].share = state['share']
     return model

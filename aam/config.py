@@ -235,9 +235,9 @@ class TargetOptions(Options):
     val_prediction_passes:Number(int, 1)=4 # rarefactions whose predictions are averaged, in the final scores and, unless told otherwise, in predict
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
-    linear_start:Flag=True # average what is learnt with a penalised linear model on the training ASVs
-    landmarks:Number(int, 0)=1000 # training samples that the linear start also compares a sample with (Bray-Curtis and Jaccard); 0: none
-    refit:Flag=True # once the best epoch is chosen, fit the linear start anew on the samples to fit and to stop on; what is predicted for the latter is of the model before
+    linear_start:Flag=True # average what is learnt with a penalised linear model, and small networks, on the training ASVs
+    asv_networks:Number(int, 0)=4 # small networks beside the linear model of the start; 0: none
+    refit:Flag=True # once the best epoch is chosen, fit the start anew on the samples to fit and to stop on; what is predicted for the latter is of the start before
 
     @property
     def columns(self): return [c.strip() for c in self.metadata_column.split(',')]
@@ -288,9 +288,9 @@ def check_classes(o:TargetOptions):
 
 def check_start(o:TargetOptions):
     "Options of the linear start."
-    for name in ('landmarks', 'refit'):
+    for name in ('asv_networks', 'refit'):
         if not o.linear_start and name in o.given and getattr(o, name): _refuse(o, name, 'is of the linear start; leave it out or drop --no-linear-start')
-    if not o.linear_start: o.landmarks, o.refit = 0, False
+    if not o.linear_start: o.asv_networks, o.refit = 0, False
 
 def check_losses(o:TargetOptions):
     "Losses, and what belongs to them."

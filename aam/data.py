@@ -37,7 +37,6 @@ class Batch:
     index:torch.Tensor # ASV of each slot, (R, S)
     mask:torch.Tensor # True where a slot is taken, (R, S)
     abundance:torch.Tensor # log1p(1e4 p)/log1p(1e4), 0 for padding, (R, S)
-    identity:torch.Tensor=None # number of each distinct ASV among those known to a linear path, 0 if unknown, (U,)
     categories:torch.Tensor=None # value of each categorical column, 0 unknown, (B, C)
     target:torch.Tensor=None # targets on the learnt scale (B, O), NaN missing; or classes (B,), -1 missing
     unifrac:torch.Tensor=None # of the UniFrac view: distances (B, B), or Faith's diversities (B,); NaN where a pair, or a sample, does not count
@@ -135,7 +134,7 @@ class SampleData:
     diversities:np.ndarray=None # file of Faith's diversities: those of the samples, (N,)
     drawn:Table=None # the rarefaction behind matrix or file, of the same samples and ASVs
     target:np.ndarray=None # on the learnt scale (N, O) or classes (N,)
-    identity:np.ndarray=None # number of each ASV among those known to a linear path, 0 if unknown, (A,)
+    start:np.ndarray=None # what predictions of the samples start from, standardised, (N, O), or (N, O, Q) with quantiles
     categories:np.ndarray=None # value of each categorical column, 0 unknown, (N, C)
     unifrac_metric:str='unweighted' # what is computed from the tree, or held by the matrix
     unifrac_alpha:float=1. # of generalized UniFrac
@@ -254,7 +253,6 @@ def make_batch(
     tokens, groups, place, extra = token_tensors(data, rows, nucleotides, step, extra)
     if data.target is not None: extra['target'] = torch.from_numpy(data.target[np.asarray(samples)])
     if data.categories is not None: extra['categories'] = torch.from_numpy(data.categories[np.asarray(samples)])
-    if data.identity is not None: extra['identity'] = torch.from_numpy(data.identity[asvs])
     return Batch(ids, tuple(views), groups, *map(torch.from_numpy, (tokens, place[row_of_asv], data.kmers[asvs].astype(np.int32), asv_weight, index, mask, abundance)), asvs_read=int(mask.sum()), **extra)
 
 def candidate_tensors(new_asv, candidates, present, ratios) -> dict:
@@ -397,7 +395,7 @@ def take_part(batch:Batch, deal:Deal) -> Batch:
     new = torch.zeros_like(batch.token_row).index_copy_(0, asvs, torch.arange(len(asvs), device=asvs.device))
     weight = batch.asv_weight * read[deal.part] / read.sum(0).clamp_min(1)
     if batch.candidates is not None: samples['candidates'] = new[samples['candidates']]
-    return replace(batch, **samples, **tokens, token_row=row_of[batch.token_row[asvs]], kmers=batch.kmers[asvs], asv_weight=weight[asvs], identity=None if batch.identity is None else batch.identity[asvs],
+    return replace(batch, **samples, **tokens, token_row=row_of[batch.token_row[asvs]], kmers=batch.kmers[asvs], asv_weight=weight[asvs],
                    index=new[batch.index[rows]][:, :width], mask=mask[:, :width], abundance=(batch.abundance[rows]*real[:, None])[:, :width], asvs_read=asvs_read)
 
 @patch

@@ -25,7 +25,7 @@ def rounded(n:int, parts:int=4, smallest:int=32) -> int:
 
 # how the axes of a batch that vary are padded: axis and fill of each tensor
 _axes = dict(
-    asvs=dict(token_row=(0, 0), kmers=(0, 4**6), asv_weight=(0, 0.), identity=(0, 0)),
+    asvs=dict(token_row=(0, 0), kmers=(0, 4**6), asv_weight=(0, 0.)),
     slots=dict(index=(1, 0), mask=(1, False), abundance=(1, 0.)),
     candidates=dict(candidates=(1, 0), candidate_weight=(1, 0.), candidate_present=(1, 0.), candidate_log_ratio=(1, float('nan'))),
     bases=dict(nuc_positions=(0, 0), nuc_truth=(0, -100)),

@@ -11,14 +11,13 @@ import logging
 import numpy as np
 import pandas as pd
 import torch
-from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
 
 from .checkpoint import build_model
 from .config import AamError
 from .data import SampleData
-from .linear import LinearPath, identify
+from .start import Start
 from .metadata import category_ids, class_targets, get_column, join_ids, numeric_targets
 from .metrics import classification_scores, quantile_scores, regression_scores
 from .monitor import progress_bar
@@ -123,10 +122,11 @@ def predict_outputs(
     with progress_bar(len(richest) + (passes - 1)*len(deep), 'predicting samples', shown=progress) as bar:
         for draw in range(passes):
             positions, parts = richest if draw == 0 else deep, []
-            for start in range(0, len(positions), batch_size):
-                some = samples[positions[start:start + batch_size]]
+            for first in range(0, len(positions), batch_size):
+                some = samples[positions[first:first + batch_size]]
                 categories = None if data.categories is None else torch.from_numpy(data.categories[some]).to(device)
-                parts.append(model.heads['target'](draw_states(model, data, vectors, some, draw, device), categories).float())
+                start = None if data.start is None else torch.from_numpy(data.start[some]).to(device)
+                parts.append(model.heads['target'](draw_states(model, data, vectors, some, draw, device), categories, start).float())
                 bar.update(len(some))
             if parts: found.append((positions, torch.cat(parts).cpu()))
     return found
@@ -157,9 +157,9 @@ class Predictor:
     model:Model
     target:Target
     reading:dict # depth, token limit, ASV sampling, seeds
-    known:list=() # ASVs that the linear path knows
+    start:Start=None # what predictions start from
     passes:int=1 # rarefactions of a sample whose predictions are averaged
-    before:dict=None # what the linear path was before a refit, `linear` and `linear_shift` of the head and its `known` ASVs, for the `samples` that it was refitted to
+    before:dict=None # the `start` before a refit, for the `samples` that it was refitted to
 
     @property
     def metadata_columns(self) -> list[str]:
@@ -168,7 +168,7 @@ class Predictor:
 
     def data(self, table:Table) -> SampleData:
         "The table as the model reads it."
-        return SampleData(table, max_bp=self.model.options.max_bp, identity=identify(table.sequences, self.known), **self.reading)
+        return SampleData(table, max_bp=self.model.options.max_bp, **self.reading)
 
     def predict(self,
         table:Table,
@@ -188,33 +188,25 @@ class Predictor:
             frame = self.read_frame(table, frame, sample_ids)
             if self.model.vocabulary: data.categories = category_ids(frame, self.model.vocabulary)
             categories = self.target.categories(frame.loc[sample_ids])
-        positions, how = np.array([data.position[s] for s in sample_ids], int), {'passes': self.passes, **how}
-        predict = lambda part: predict_samples(self.model, self.target, data, positions[part], None if categories is None else categories[part], **how)
-        refitted = np.isin(list(sample_ids), self.before['samples'] if self.before else [])
-        if 0 < refitted.sum() < len(positions) and 'vectors' not in how: how['vectors'] = self.vectors(data, positions, **{k: how[k] for k in ('device', 'asv_chunk_size', 'progress') if k in how})
-        found = [(~refitted, predict(~refitted))] if not refitted.all() or not len(positions) else []
-        if refitted.any():
-            with self.before_refit(data): found.append((refitted, predict(refitted)))
-        whole = [np.full((len(positions), *x.shape[1:]), np.nan) for x in found[0][1]]
-        for part, values in found:
-            for x, v in zip(whole, values): x[part] = v
-        return tuple(whole)
+        positions = np.array([data.position[s] for s in sample_ids], int)
+        if self.model.heads['target'].share: data.start = self.starts(data, positions)
+        return predict_samples(self.model, self.target, data, positions, categories, **{'passes': self.passes, **how})
+
+    def starts(self, data:SampleData, positions) -> np.ndarray: # (N, O) or (N, O, Q), of all samples of the table
+        "What the predictions of the samples at `positions` start from."
+        head, found = self.model.heads['target'].cpu(), None
+        before = set(self.before['samples'] if self.before else ())
+        refitted = np.array([data.table.sample_ids[i] in before for i in positions], bool)
+        for start, some in (self.start, positions[~refitted]), (self.before and self.before['start'], positions[refitted]):
+            if not len(some): continue
+            out = head.standardised_start(torch.from_numpy(start.outputs(data.table, some, data.categories)), torch.from_numpy(start.shift)).detach().numpy()
+            if found is None: found = np.zeros((len(data.table), *out.shape[1:]), np.float32)
+            found[some] = out
+        return found
 
     def vectors(self, data:SampleData, positions, device:str='cpu', asv_chunk_size:int=256, progress:bool=False) -> AsvVectors:
         "Vectors of the ASVs of samples, for several predictions."
         return encode_asvs(self.model.to(device).eval(), data, positions, asv_chunk_size, device, progress)
-
-    @contextmanager
-    def before_refit(self, data:SampleData):
-        "Within the block the linear path is the one before the refit."
-        head, names = self.model.heads['target'], ('linear', 'linear_shift')
-        kept = [getattr(head, name) for name in names], data.identity
-        for name in names: setattr(head, name, self.before[name])
-        data.identity = identify(data.table.sequences, self.before['known'])
-        try: yield
-        finally:
-            for name, value in zip(names, kept[0]): setattr(head, name, value)
-            data.identity = kept[1]
 
     def require(self, metadata):
         "Raises an `AamError` where `metadata` is needed and not given."
@@ -237,9 +229,6 @@ def load_predictor(
     chunk_size:int=256, # ASVs encoded at a time; 0: all
 ) -> Predictor:
     "The predictor in a train checkpoint."
-    model, before = build_model(state, chunk_size=chunk_size), state.get('before_refit')
-    if before:
-        linear = LinearPath(len(before['known']), state['outputs'], model.heads['target'].linear.sizes, before['landmarks'])
-        linear.load_state_dict(before['linear'])
-        before = dict(before, linear=linear)
-    return Predictor(model, Target.from_dict(state['target']), state['reading'], state['known_asvs'], state['prediction_passes'], before)
+    start, before = state.get('start'), state.get('before_refit')
+    return Predictor(build_model(state, chunk_size=chunk_size), Target.from_dict(state['target']), state['reading'], start and Start.from_dict(start), state['prediction_passes'],
+                     before and dict(before, start=Start.from_dict(before['start'])))

@@ -18,7 +18,6 @@ from .config import CategoryOptions, EncoderOptions, HeadOptions, output_activat
 from .encoder import Encoder, NucleotideHead, unifrac_heads
 from .fusion import Conditioning
 from .layers import AttentionPool, RunningStandardise, same
-from .linear import LinearPath
 
 # %% ../nbs/14_predictor.ipynb #69e32b00
 class CountHead(nn.Module):
@@ -50,7 +49,6 @@ class SampleStates:
     mask:Tensor # (B, S)
     abundance:Tensor # (B, S)
     sums:Tensor # abundance- and presence-weighted 6-mer sums, (B, 2, W)
-    identity:Tensor # number of the ASV in each slot among the known ones, (B, S)
 
     def map(self, function): return SampleStates(*[function(getattr(self, f.name)) for f in fields(self)])
     def open(self): return self # others, which are only kept by number, are looked up
@@ -61,7 +59,7 @@ class SampleStates:
         "The same with more slots, all of them empty."
         more = slots - self.slots
         pad = lambda x: F.pad(x, (0, more))
-        return replace(self, states=F.pad(self.states, (0, 0, 0, more)), mask=pad(self.mask), abundance=pad(self.abundance), identity=pad(self.identity))
+        return replace(self, states=F.pad(self.states, (0, 0, 0, more)), mask=pad(self.mask), abundance=pad(self.abundance))
 
 def sample_states(encoded, batch, deep_width:int) -> SampleStates:
     "States and 6-mer sums of the target view; the 6-mer part of an ASV vector starts at `deep_width`."
@@ -70,9 +68,7 @@ def sample_states(encoded, batch, deep_width:int) -> SampleStates:
         weights = torch.stack([encoded.abundance_weights[rows], encoded.presence_weights[rows]], 1).float()
         weights = weights / weights.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-6)
         sums = weights @ encoded.asv[:, deep_width:].float()
-    index = batch.index[rows]
-    identity = torch.zeros_like(index) if batch.identity is None else batch.identity[index]
-    return SampleStates(encoded.states[rows], encoded.mask[rows], encoded.abundance[rows], sums, identity)
+    return SampleStates(encoded.states[rows], encoded.mask[rows], encoded.abundance[rows], sums)
 
 # %% ../nbs/14_predictor.ipynb #9a6ed8cc
 @dataclass(frozen=True)
@@ -130,12 +126,10 @@ class TargetHead(nn.Module):
     def __init__(self,
         options:EncoderOptions,
         outputs:int, # width O
-        known:int=0, # ASVs known to the linear path; 0: no such path
         categories:CategoryOptions=None, # how categorical columns condition the prediction
         vocabulary:dict=None, # values of these columns; without any: no conditioning
         head:HeadOptions=None, # layers and range
         quantiles:list=(), # levels to predict of each output, rising (Q,); none: one number
-        landmarks:int=0, # training samples that the linear path compares a sample with
     ):
         super().__init__()
         head = head or HeadOptions()
@@ -151,9 +145,7 @@ class TargetHead(nn.Module):
         if self.wide is not None:
             self.sums_standardise, self.sums_dropout = RunningStandardise(2*W), nn.Dropout(options.dropout)
             for w in self.wide: nn.init.zeros_(w.weight)
-        self.linear = LinearPath(known, outputs, [len(values) for values in (vocabulary or {}).values()], landmarks) if known else None
-        if known: self.register_buffer('linear_shift', torch.zeros(outputs, *([len(quantiles)] if quantiles else []))) # of its outputs, where the loss asks for more than a mean
-        self.share = 0. # of the linear path in a prediction
+        self.share = 0. # of the start in a prediction
         self.conditioning = Conditioning(categories, vocabulary, D, options.attention_heads, outputs) if vocabulary else None
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
         self.log_output_scale, self.output_bias = (nn.Parameter(torch.zeros(outputs)) for _ in range(2)) if head.learnable_output_scale else (None, None)
@@ -181,17 +173,17 @@ class TargetHead(nn.Module):
     def forward(self,
         x:SampleStates,
         categories:Tensor=None, # where the head is conditioned on them, (B, C)
+        start:Tensor=None, # of `standardised_start`, where it has a share, (B, O) or (B, O, Q)
     ) -> Tensor: # on the learnt scale, (B, O), or (B, O, Q) with quantiles
         out = self.learnt(x, categories)
-        if self.share: out = out.lerp(self.start(x, categories), self.share)
+        if self.share: out = out.lerp(start, self.share)
         centre, scale = map(self.per_output, self.units())
         return self.link.forward(centre + scale*out)
 
-    def start(self, x:SampleStates, categories:Tensor=None) -> Tensor: # (B, O) or (B, O, Q)
-        "Standardised outputs of the linear path."
-        out = self.linear(x.identity, x.abundance, x.mask, categories)
-        if self.link.low: out = self.standardise(self.centre + self.scale*out)
-        return (out if self.quantiles is None else out[..., None]) + self.linear_shift
+    def standardised_start(self, outputs:Tensor, shift:Tensor) -> Tensor: # (N, O), (O,) or (O, Q) -> (N, O) or (N, O, Q)
+        "Outputs of a start as this head computes them, and shifted."
+        if self.link.low: outputs = self.standardise(self.centre + self.scale*outputs)
+        return (outputs if self.quantiles is None else outputs[..., None]) + shift
 
     def learnt(self, x:SampleStates, categories:Tensor=None) -> Tensor: # (B, O) or (B, O, Q)
         "Standardised outputs of the deep and the wide path."
@@ -219,14 +211,12 @@ class Model(nn.Module):
         options:EncoderOptions,
         tasks:tuple, # heads to build
         outputs:int=0, # width of the target head
-        known:int=0, # ASVs known to its linear path
         checkpointing:bool=False, # recompute activations
         chunk_size:int=0, # ASVs encoded at a time; 0: all
         categories:CategoryOptions=None, # how categorical columns condition the target
         vocabulary:dict=None, # values of these columns
         head:HeadOptions=None, # of the target head
         quantiles:list=(), # levels that it predicts
-        landmarks:int=0, # training samples that its linear path compares a sample with
     ):
         super().__init__()
         self.options, self.tasks, self.frozen = options, tuple(tasks), False
@@ -234,7 +224,7 @@ class Model(nn.Module):
         self.categories, self.vocabulary = categories, vocabulary or {}
         self.encoder = Encoder(options, checkpointing, chunk_size)
         width = self.encoder.asvs.width
-        builders = dict(target=lambda: TargetHead(options, outputs, known, categories, vocabulary, self.head, self.quantiles, landmarks), count=lambda: CountHead(options, width),
+        builders = dict(target=lambda: TargetHead(options, outputs, categories, vocabulary, self.head, self.quantiles), count=lambda: CountHead(options, width),
                         unifrac=lambda: unifrac_heads[options.unifrac_head](options, width), nuc=lambda: NucleotideHead(options))
         self.heads = nn.ModuleDict({task: builders[task]() for task in tasks})
         self.gather = same # UniFrac embeddings to those of the samples that distances are predicted to

@@ -59,7 +59,7 @@ class RunFolder:
     "The files of a run."
     def __init__(self, path:Path):
         self.path = Path(path)
-        self.best, self.last, self.before_refit = (self.path/'checkpoints'/name for name in ('best_model.pt', 'last.pt', 'before_refit.pt'))
+        self.best, self.last = (self.path/'checkpoints'/name for name in ('best_model.pt', 'last.pt'))
     def __truediv__(self, name): return self.path/name
 
     def holds_a_run(self) -> bool: return (self.path/'config.json').exists() or (self.path/'checkpoints').exists()

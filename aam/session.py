@@ -188,8 +188,7 @@ def write_folder(self:Session, inputs:Inputs, split:Split):
 @patch
 def write_config(self:Session):
     "Writes `config.json`."
-    facts = {k: v for k, v in self.facts.items() if k != 'known_asvs'} # thousands of sequences are in the checkpoint
-    self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **facts))
+    self.folder.write_json('config.json', dict(command=self.kind, options=self.stored, **self.facts))
 
 # %% ../nbs/30_session.ipynb #97dbff71
 @patch
@@ -304,7 +303,6 @@ def fit(self:Session, model:Model, objective, train, stop, mode:str, score, metr
 @patch
 def take_best(self:Session, t:Training) -> Training:
     "Gives `t` the best model, and draws the curves."
-    if load_checkpoint(self.folder.best).get('before_refit'): os.replace(self.folder.before_refit, self.folder.best) # a finished run is resumed, and no epoch since was better
     best = load_checkpoint(self.folder.best)
     if self.ranks.size > 1: t.model = build_model(best, chunk_size=t.options.asv_chunk_size).to(self.device) # that of the ranks may be in shards
     else: t.model.load_state_dict(best['weights'])

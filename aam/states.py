@@ -28,8 +28,8 @@ def state_store(rows:int, width:int, device:str) -> torch.Tensor: # half precisi
 # %% ../nbs/16_states.ipynb #a54c19e4
 class Store:
     "Sample states without padding, one sample after the other."
-    def __init__(self, states, abundance, identity, sums, length): # (N, D), (N,), (N,), (samples, 2, W), (samples,)
-        self.states, self.abundance, self.identity, self.sums, self.length = states, abundance, identity, sums, length
+    def __init__(self, states, abundance, sums, length): # (N, D), (N,), (samples, 2, W), (samples,)
+        self.states, self.abundance, self.sums, self.length = states, abundance, sums, length
         self.first = length.cumsum(0) - length
 
     def look_up(self, k:Tensor, slots:int) -> SampleStates: # numbers of samples, (B,)
@@ -37,7 +37,7 @@ class Store:
         first, length, slot = self.first[k][:, None], self.length[k][:, None], torch.arange(slots, device=k.device)
         mask = slot < length
         where = (first + slot).where(mask, 0)
-        return SampleStates(self.states[where].float(), mask, self.abundance[where]*mask, self.sums[k], self.identity[where]*mask)
+        return SampleStates(self.states[where].float(), mask, self.abundance[where]*mask, self.sums[k])
 
 @dataclass
 class Stored:
@@ -69,7 +69,7 @@ class KeptStates:
             s = draw_states(model, self.data, vectors, richest[k:k + plan.batch_size], device=device)
             new = s.states[s.mask]
             states[end:end + len(new)] = new.half()
-            found.append([x.to(states.device) for x in (s.abundance[s.mask], s.identity[s.mask], s.sums, s.mask.sum(1))])
+            found.append([x.to(states.device) for x in (s.abundance[s.mask], s.sums, s.mask.sum(1))])
             end += len(new)
         model.train(training)
         found.append([x[:0] for x in found[0][:2]] + [torch.zeros_like(x[:1]) for x in found[0][2:]]) # an empty sample, which fills up parts of batches

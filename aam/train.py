@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_parts', 'check_categories', 'fit_categories',
-           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'linear_targets', 'fit_start',
-           'shift_start', 'mix_paths', 'refit_start', 'build_model', 'make_plans', 'make_objective', 'make_score',
+           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'start_targets', 'start_of',
+           'error_quantiles', 'add_start', 'refit_start', 'build_model', 'make_plans', 'make_objective', 'make_score',
            'score_part', 'target_figures', 'finish', 'train']
 
 # %% ../nbs/32_train.ipynb #18472867
@@ -132,7 +132,6 @@ class Task:
     centre:object=None # mean of the targets on the learnt scale, (O,)
     deviation:object=None # and their deviation
     units:dict=None # of the self-supervised losses
-    known:list=() # ASVs of the linear path
 
 # %% ../nbs/32_train.ipynb #365edaa7
 def read_task(session, weights:dict) -> Task:
@@ -152,7 +151,6 @@ def read_task(session, weights:dict) -> Task:
 def fit_task(session, task:Task, log):
     "Fits on the fit samples what does not need a model, and gives `task.data` the targets and categories of all samples."
     import torch
-    from aam.linear import known_asvs
     from aam.losses import choose_class_weights
     from aam.session import count_deviation, unifrac_variance
     o, goal, data, fit = session.options, task.goal, task.data, task.fit
@@ -162,93 +160,82 @@ def fit_task(session, task:Task, log):
     data.target, task.centre, task.deviation = fit_target(goal, task.actual, task.inputs, fit, task.class_weights)
     if not goal.classes: warn_of_range(log, o['head'], goal, data.target[fit], o['target'].target_transform)
     task.units = dict(unifrac_variance=unifrac_variance(data, fit) if 'unifrac' in task.weights else 1., count_deviation=count_deviation(data, fit))
-    if o['target'].linear_start: task.known = known_asvs(data, fit)
 
 def facts(session, task:Task) -> dict:
     "What a checkpoint says of the task, beside options and weights."
     o, depth = session.options, task.inputs.depth
     reading = dict(depth=depth, token_limit=o['input'].token_limit, asv_sampling=o['input'].asv_sampling, rarefy_seed=o['input'].rarefy_seed, seed=o['run'].seed)
-    return dict(depth=depth, units=task.units, reading=reading, target=task.goal.to_dict(), known_asvs=task.known, prediction_passes=o['target'].val_prediction_passes)
+    return dict(depth=depth, units=task.units, reading=reading, target=task.goal.to_dict(), prediction_passes=o['target'].val_prediction_passes)
 
 # %% ../nbs/32_train.ipynb #d695c921
-def linear_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,) or 0
-    "What the linear path of `head` is fitted to, and what is added to its outputs."
+def start_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,)
+    "What the start of a prediction is fitted to, and what is added to its outputs."
     import numpy as np
     centre, scale = head.centre.cpu().numpy(), head.scale.cpu().numpy()
-    if not task.goal.classes: return (task.data.target - centre) / scale, 0.
+    if not task.goal.classes: return (task.data.target - centre) / scale, np.zeros_like(centre)
     # weights act like more samples; the head adds log priors
     return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
 
-def fit_start(head, task:Task, samples, options):
-    "Fits the linear path of `head` to `samples`, of which `--landmarks` are its landmarks; whole groups (`--group-column`) are in one fold."
-    import torch
-    from aam.linear import choose_landmarks, fit_linear, linear_features
+def start_of(head, task:Task, samples, options, share:float=None): # of the networks, if that is chosen already
+    "A `Start` fitted to `samples`; whole groups (`--group-column`) are in one fold."
+    from aam.linear import known_asvs
     from aam.metadata import get_column
-    group, seed, path, (y, shift) = options['split'].group_column, options['run'].seed, head.linear, linear_targets(head, task)
+    from aam.start import fit_start
+    group, target, (y, shift) = options['split'].group_column, options['target'], start_targets(head, task)
     groups = get_column(task.inputs.frame, group).iloc[samples].fillna('').astype(str).to_numpy() if group else None
-    if path.landmarks is not None: path.landmarks.place(task.data, choose_landmarks(samples, options['target'].landmarks, seed))
-    features = linear_features(task.data, samples, path.sizes, path.landmarks)
-    shifted = bool({'quantile', 'asymmetric'} & set(options['target'].loss_types)) and not task.goal.classes
-    weights, bias, chosen, left_out = fit_linear(features, y[samples], len(task.goal.classes or ()), groups, seed, path.more, shifted)
-    path.set(weights, bias + shift)
-    path.left_out.copy_(torch.tensor([chosen.unexplained, chosen.judged]))
-    if shifted: shift_start(head, task.data.target[samples], left_out, options['target'])
+    sizes = [len(values) for values in task.vocabulary.values()]
+    if not task.goal.classes and {'quantile', 'asymmetric'} & set(target.loss_types): share = None # which needs out-of-fold outputs anew
+    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, share)
+    start.shift = shift if task.goal.classes else error_quantiles(head, task.data.target[samples], left_out, target)
+    return start
 
-def shift_start(head, learnt, left_out, target:TargetOptions): # targets on the learnt scale (N, O), out-of-fold outputs (N, O)
-    "Lets the linear path predict what the loss asks for: quantiles of its out-of-fold errors, for an asymmetric loss the one that it aims at."
+def error_quantiles(head, learnt, left_out, target:TargetOptions): # targets on the learnt scale (N, O), out-of-fold outputs (N, O) -> (O,) or (O, Q)
+    "What the loss asks for beyond the mean: quantiles of the start's out-of-fold errors, for an asymmetric loss the one that it aims at."
+    import numpy as np
     import torch
-    learnt, left_out = torch.tensor(learnt), torch.tensor(left_out, dtype=torch.float32)
-    errors = head.standardise(learnt) - head.standardise(head.centre + head.scale*left_out)
+    left_out = torch.tensor(left_out, dtype=torch.float32, device=head.centre.device)
+    errors = head.standardise(torch.tensor(learnt, device=head.centre.device)) - head.standardise(head.centre + head.scale*left_out)
+    shift = np.zeros((errors.shape[1], len(target.quantiles)) if target.quantiles else errors.shape[1], np.float32)
     for i, loss in enumerate(target.loss_types):
         level = target.quantiles if loss == 'quantile' else target.under_penalty/max(target.over_penalty + target.under_penalty, 1e-9) if loss == 'asymmetric' else None
-        if level is not None: head.linear_shift[i] = errors[:, i].nanquantile(torch.tensor(level))
+        if level is not None: shift[i] = errors[:, i].cpu().nanquantile(torch.tensor(level)).numpy()
+    return shift
 
 # %% ../nbs/32_train.ipynb #31aa0002
-def mix_paths(session, task:Task, predictor, log): # AsvVectors of the samples to stop on
-    "Chooses the linear path's share of a prediction, and writes it to `best_model.pt`."
+def add_start(session, task:Task, predictor, log): # `AsvVectors` of the samples to stop on
+    "Gives `predictor` a start and its share of a prediction, and writes both to `best_model.pt`."
     from aam.checkpoint import load_checkpoint, save_checkpoint
-    from aam.linear import linear_share
+    from aam.start import start_share
     head, inputs, training, said = predictor.model.heads['target'], task.inputs, session.options['training'], []
     how = dict(device=session.device, asv_chunk_size=training.asv_chunk_size)
     vectors = predictor.vectors(predictor.data(inputs.table), task.stop, **how)
-    if head.linear is None: return vectors
+    if not session.options['target'].linear_start: return vectors
+    start = predictor.start = start_of(head, task, task.fit, session.options)
     for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, vectors=vectors, **how)))
-    head.share = linear_share(*said, task.actual[task.stop], *head.linear.left_out.tolist())
-    save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share), session.folder.best)
-    log.info(f'a prediction is {head.share:.0%} linear start and {1 - head.share:.0%} what was learnt in training')
+    head.share = start_share(*said, task.actual[task.stop], start.unexplained, start.judged)
+    save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share, start=start.to_dict(), before_refit=None), session.folder.best)
+    log.info(f'a prediction is {head.share:.0%} start ({1 - start.share:.0%} of it linear, {start.share:.0%} networks) and {1 - head.share:.0%} what was learnt from sequences')
     return vectors
 
-def refit_start(session, task:Task, log):
-    "Fits the linear path of the best model anew on the fit and stop samples; the model before is kept as `before_refit.pt`."
-    import shutil
-    from aam.checkpoint import build_model, describe_model, load_checkpoint, save_checkpoint
-    from aam.linear import LinearPath, identify, known_asvs
-    state, data, both, o = load_checkpoint(session.folder.best), task.data, sorted([*task.fit, *task.stop]), session.options
-    model = build_model(state)
-    head, known = model.heads['target'], known_asvs(data, both)
-    data.identity = identify(data.table.sequences, known)
-    before = dict(known=state['known_asvs'], landmarks=state['landmarks'], linear=head.linear.state_dict(), linear_shift=head.linear_shift.clone(), samples=task.parts.stop)
-    head.linear = LinearPath(len(known), task.goal.outputs, head.linear.sizes, min(o['target'].landmarks, len(both)))
-    fit_start(head, task, both, o)
-    shutil.copy(session.folder.best, session.folder.before_refit)
-    save_checkpoint(state | describe_model(model) | dict(known_asvs=known, training_ids=[data.table.sample_ids[i] for i in both], before_refit=before), session.folder.best)
-    log.info(f'the linear start of best_model.pt is refitted to {len(both)} samples, those to stop on included; validation scores and predictions of these are of the model before')
+def refit_start(session, task:Task, predictor, log):
+    "Fits the start in `best_model.pt` anew on the fit and stop samples."
+    from aam.checkpoint import load_checkpoint, save_checkpoint
+    state, both = load_checkpoint(session.folder.best), sorted([*task.fit, *task.stop])
+    start = start_of(predictor.model.heads['target'], task, both, session.options, predictor.start.share)
+    save_checkpoint(state | dict(start=start.to_dict(), training_ids=[task.data.table.sample_ids[i] for i in both], before_refit=dict(start=state['start'], samples=task.parts.stop)), session.folder.best)
+    log.info(f'the start of best_model.pt is refitted to {len(both)} samples, those to stop on included; validation scores and predictions of these are of the start before')
 
 # %% ../nbs/32_train.ipynb #bf870186
 def build_model(session, task:Task, pretrained:dict=None) -> tuple: # model, names of the heads taken from `pretrained`
-    "The model at its start: means, linear path, quantiles, pre-trained weights."
+    "The model before training: means, quantiles, pre-trained weights."
     import torch
     from aam.checkpoint import load_pretrained
-    from aam.linear import identify
     from aam.predictor import Model
     o, goal, training = session.options, task.goal, session.options['training']
     torch.manual_seed(o['run'].seed)
-    model = Model(o['encoder'], tuple(task.weights), goal.outputs, len(task.known), training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or (), min(o['target'].landmarks, len(task.fit)))
+    model = Model(o['encoder'], tuple(task.weights), goal.outputs, training.gradient_checkpointing, training.asv_chunk_size, o['categories'], task.vocabulary, o['head'], goal.quantiles or ())
     head = model.heads['target']
     head.centre.copy_(torch.tensor(task.centre)); head.scale.copy_(torch.tensor(task.deviation))
-    if task.known:
-        task.data.identity = identify(task.data.table.sequences, task.known)
-        fit_start(head, task, task.fit, o)
     if goal.quantiles: head.quantiles.start_from(head.standardise(torch.tensor(task.data.target[task.fit])))
     return model, load_pretrained(model, pretrained) if pretrained else ()
 
@@ -318,10 +305,10 @@ def finish(session, task:Task, log):
     training = session.options['training']
     read_best = lambda: load_predictor(load_checkpoint(session.folder.best), training.asv_chunk_size)
     predictor = read_best()
-    vectors = mix_paths(session, task, predictor, log)
+    vectors = add_start(session, task, predictor, log)
     scores = dict(validation=score_part(session, 'validation', task.parts.stop, predictor, task.inputs, training, log, vectors=vectors))
     if session.options['target'].refit:
-        refit_start(session, task, log)
+        refit_start(session, task, predictor, log)
         predictor = read_best()
     if task.parts.test: scores['test'] = score_part(session, 'test', task.parts.test, predictor, task.inputs, training, log)
     session.folder.write_json('scores.json', scores)

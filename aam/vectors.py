@@ -83,10 +83,9 @@ def draw_states(model:Model, data:SampleData, vectors:AsvVectors, samples, epoch
     draws = [limit_asvs(data, view_draw(data, 'target', i, epoch, False), epoch, ids[i], False) for i in samples]
     index, mask = stack_rows([vectors.place[d.asvs] for d in draws], np.int64)
     abundance, _ = stack_rows([d.abundance for d in draws], np.float32, width=mask.shape[1])
-    identity = np.zeros_like(index) if data.identity is None else stack_rows([data.identity[d.asvs] for d in draws], np.int64, width=mask.shape[1])[0]
-    index, mask, abundance, identity = send(device, index, mask, abundance, identity)
+    index, mask, abundance = send(device, index, mask, abundance)
     if not model.options.abundance_input: abundance = mask.float()
     projected, kmers = vectors.look_up(index)
     weights = torch.stack([abundance, mask.float()], 1)
     sums = (weights / weights.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-6)) @ kmers
-    return SampleStates(model.encoder.within_samples(projected, mask, abundance), mask, abundance, sums, identity)
+    return SampleStates(model.encoder.within_samples(projected, mask, abundance), mask, abundance, sums)

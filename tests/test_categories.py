@@ -226,8 +226,9 @@ def test_linear_path_reads_categories(survey, tmp_path):
     frame.to_csv(tmp_path/'metadata.tsv', sep='\t', index=False)
     told, blind = (run(survey, tmp_path/name, metadata=tmp_path/'metadata.tsv', column='reading', epochs=1, lr=1e-12, **more) for name, more in dict(told=dict(categorical_columns='meter'), blind={}).items())
     assert told.scores['validation']['r2'] > .9 and blind.scores['validation']['r2'] < .5
-    weight = load_checkpoint(told.paths['best_model'])['weights']['heads.target.linear.category_weight']
-    assert weight.shape == (1, 4, 1) and weight[0, 0] == 0 and weight[0, 3] > weight[0, 2] > weight[0, 1]
+    start = load_checkpoint(told.paths['best_model'])['start']
+    weight = start['weights'][2*len(start['known']):, 0]
+    assert start['sizes'] == [3] and len(weight) == 3 and weight[2] > weight[1] > weight[0]
     other = read_metadata(tmp_path/'metadata.tsv').assign(meter='never seen')
     unknown = told.model.predict(read_table(survey/'table.biom'), other)[:, 0]
     assert np.ptp(unknown) < 2 and 1 < unknown.mean() < 3          # near the mean of the three

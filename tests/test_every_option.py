@@ -11,6 +11,7 @@ import multiprocessing
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from aam.config import AamError, TrainingOptions, command_parser
 from aam.encoder import Encoder, NucleotideEncoder
 from aam.inference import load_predictor
 from aam.layers import Block
-from aam.linear import linear_share
+from aam.start import Start, start_share
 from aam.optim import Schedule
 from aam.predictor import Model, TargetHead
 from aam.table import read_table
@@ -366,7 +367,7 @@ def test_best_metric(place, tmp_path, metric):
 def test_linear_start(runs, place, tmp_path):
     run_command(['train', *place(files['train'] + ' ' + base), '--no-linear-start', '--output-dir', str(tmp_path/'run')])
     without, r = Files(tmp_path/'run'), runs('train', 'base').files
-    assert not without.named('.linear.') and r.named('.linear.') and 0 <= r.best['share'] <= 1 and without.best['share'] == 0
+    assert r.best['start']['known'] and 0 <= r.best['share'] <= 1 and without.best['share'] == 0 and 'start' not in without.best
 
 
 def test_linear_start_has_its_share(place, tmp_path):
@@ -374,38 +375,42 @@ def test_linear_start_has_its_share(place, tmp_path):
     given = [*place(files['train'] + ' ' + base), '--epochs', '2', '--average-decay', '0', '--no-refit']
     for name, more in dict(run=[], none=['--no-linear-start']).items(): run_command(['train', *given, *more, '--output-dir', str(tmp_path/name)])
     r, none, table = Files(tmp_path/'run'), Files(tmp_path/'none'), read_table(place('SURVEY/table.biom')[0])
-    learnt, linear, mean = (load_predictor(r.best | dict(share=share)).predict(table, sample_ids=r.ids('val')) for share in (0., 1., r.best['share']))
-    assert np.abs(learnt - linear).max() > 1e-3
-    np.testing.assert_allclose(mean, learnt + r.best['share']*(linear - learnt), rtol=1e-4)
+    learnt, start, mean = (load_predictor(r.best | dict(share=share)).predict(table, sample_ids=r.ids('val')) for share in (0., 1., r.best['share']))
+    assert np.abs(learnt - start).max() > 1e-3
+    np.testing.assert_allclose(mean, learnt + r.best['share']*(start - learnt), rtol=1e-4)
     actual = pd.read_csv(tmp_path/'run'/'val_predictions.tsv', sep='\t', index_col=0).actual.to_numpy()[:, None]
-    assert r.best['share'] == pytest.approx(linear_share(learnt, linear, actual, *r.weights['heads.target.linear.left_out'].tolist()), rel=1e-3)
+    assert r.best['share'] == pytest.approx(start_share(learnt, start, actual, r.best['start']['unexplained'], r.best['start']['judged']), rel=1e-3)
     assert [line['val_loss'] for line in r.lines] == [line['val_loss'] for line in none.lines]
 
 
-def test_landmarks(place, tmp_path):
-    "Fit samples are the landmarks, all or as many as asked for; they take part in prediction."
-    given = [*place(files['train'] + ' ' + base), '--epochs', '1', '--no-refit', '--landmarks']
-    for asked in '9', '1000':
+def test_asv_networks(place, tmp_path):
+    "As many networks as asked for, each its own, take part in what a prediction starts from."
+    given, table = [*place(files['train'] + ' ' + base), '--epochs', '1', '--no-refit', '--asv-networks'], read_table(place('SURVEY/table.biom')[0])
+    starts = {}
+    for asked in '0', '2':
         run_command(['train', *given, asked, '--output-dir', str(tmp_path/asked)])
-        r = Files(tmp_path/asked)
-        rows = r.weights['heads.target.linear.landmarks.rows']
-        assert r.best['landmarks'] == rows.shape[1] == min(int(asked), len(r.ids('train'))) and rows.sum(0).min() > 0 and r.weights['heads.target.linear.landmark_weight'].abs().min() > 0
-    with pytest.raises(AamError, match='--landmarks 9: is of the linear start'): run_command(['train', *given, '9', '--no-linear-start', '--output-dir', str(tmp_path/'none')])
+        starts[asked] = Start.from_dict(Files(tmp_path/asked).best['start'])
+        assert len(starts[asked].networks) == int(asked) == 2*(starts[asked].share > 0) # without a share they are not kept
+    one, two = (n.vectors for n in starts['2'].networks)
+    assert not torch.equal(one, two) and starts['0'].share == 0 and np.array_equal(starts['0'].weights, starts['2'].weights)
+    linear, mixed = (replace(starts['2'], share=share).outputs(table, range(8)) for share in (0., 1.))
+    np.testing.assert_allclose(linear, starts['0'].outputs(table, range(8)), rtol=1e-5)
+    assert np.abs(mixed - linear).max() > 1e-3
+    with pytest.raises(AamError, match='--asv-networks 9: is of the linear start'): run_command(['train', *given, '9', '--no-linear-start', '--output-dir', str(tmp_path/'none')])
 
 
 def test_refit(place, tmp_path):
-    "The final model's linear path is that of a regression on all samples but the test samples; what is said of validation samples is of the model before, also after a resumed run."
+    "The final model starts from all samples but the test samples; what is said of validation samples is of the start before, also after a resumed run."
     given = [*place(files['train'] + ' ' + base), '--epochs', '2', '--output-dir', str(tmp_path/'run')]
     run_command(['train', *given])
     run_command(['train', *given[:-1], str(tmp_path/'plain'), '--no-refit'])
     read = lambda name: pd.read_csv(tmp_path/name/'val_predictions.tsv', sep='\t', index_col=0)
     r, plain = Files(tmp_path/'run'), Files(tmp_path/'plain')
     pd.testing.assert_frame_equal(read('run'), read('plain'))
-    before = load_checkpoint(tmp_path/'run'/'checkpoints'/'before_refit.pt')
-    assert all(torch.equal(w, plain.weights[k]) for k, w in before['weights'].items()) and 'before_refit' not in before
-    assert r.best['training_ids'] == sorted([*r.ids('train'), *r.ids('val')], key=r.best['training_ids'].index) and r.best['landmarks'] == len(r.ids('train')) + len(r.ids('val'))
-    for k, w in r.weights.items():
-        if '.linear' not in k: assert torch.equal(w, before['weights'][k])
+    before, start = r.best['before_refit']['start'], plain.best['start']
+    assert before['known'] == start['known'] and torch.equal(before['weights'], start['weights']) and plain.best['before_refit'] is None
+    assert r.best['training_ids'] == sorted([*r.ids('train'), *r.ids('val')], key=r.best['training_ids'].index)
+    assert all(torch.equal(w, plain.weights[k]) for k, w in r.weights.items())
     table = read_table(place('SURVEY/table.biom')[0])
     new, old = (load_predictor(x.best).predict(table)[:, 0] for x in (r, plain))
     seen = np.isin(table.sample_ids, r.ids('val'))
@@ -414,7 +419,7 @@ def test_refit(place, tmp_path):
     run_command(['train', *given, '--resume-from', str(tmp_path/'run')])
     again = Files(tmp_path/'run')
     pd.testing.assert_frame_equal(read('run'), read('plain'))
-    assert all(torch.equal(w, again.weights[k]) for k, w in r.weights.items())
+    assert all(torch.equal(w, again.weights[k]) for k, w in r.weights.items()) and torch.equal(again.best['start']['weights'], r.best['start']['weights'])
 
 
 def test_frozen_encoder_costs_one_pass(runs, place, tmp_path):
@@ -496,7 +501,7 @@ elsewhere = { # tested where it belongs
     'distributed': 'test_distributed.py::test_one_process_goes_on_with_ddp', 'fsdp': 'test_distributed.py::test_fsdp_goes_on_in_one_process', 'data-parallel': 'test_distributed.py::test_one_process_says_so',
     'gather-unifrac': 'test_distributed.py::test_two_ranks_are_one_process', 'share-asvs': 'test_distributed.py::test_two_ranks_are_one_process',
     'debug': 'test_errors.py::test_debug_shows_the_traceback', 'device': f'{Path(__file__).name}::test_device', 'compile-model': f'{Path(__file__).name}::test_compile_model_needs_a_compiler',
-    'wide-path': f'{Path(__file__).name}::test_wide_path', 'best-metric': f'{Path(__file__).name}::test_best_metric', 'linear-start': f'{Path(__file__).name}::test_linear_start', 'landmarks': f'{Path(__file__).name}::test_landmarks', 'refit': f'{Path(__file__).name}::test_refit',
+    'wide-path': f'{Path(__file__).name}::test_wide_path', 'best-metric': f'{Path(__file__).name}::test_best_metric', 'linear-start': f'{Path(__file__).name}::test_linear_start', 'asv-networks': f'{Path(__file__).name}::test_asv_networks', 'refit': f'{Path(__file__).name}::test_refit',
     'freeze-base': f'{Path(__file__).name}::test_frozen_encoder_costs_one_pass', 'pretrained-encoder': f'{Path(__file__).name}::test_frozen_encoder_costs_one_pass',
     'batch-size': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'prediction-passes': f'{Path(__file__).name}::test_predict_batch_size_and_passes',
     'output-variance': f'{Path(__file__).name}::test_predict_batch_size_and_passes', 'output': f'{Path(__file__).name}::test_predict_refuses_to_replace', 'model': f'{Path(__file__).name}::test_predict_refuses_to_replace',

@@ -1,0 +1,98 @@
+"""What a prediction starts from (linear model, networks on ASVs, their mean) by itself in grouped cross-validation, beside ExtraTrees on log abundances.
+
+    python benchmarks/start.py --data ../shared/data [--tasks temperature,age,site] [--recipes]
+
+Five folds of whole groups; scores are pooled over them; the reference of R2 is the mean of each training part. Networks by themselves are
+one each; in the start there are four. With `--recipes`, ways to fit a network are compared instead, and for each task that recipe is shown
+which has the best mean rank over the *other* tasks.
+"""
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import rankdata
+from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+from aam.config import InputOptions
+from aam.inputs import read_inputs
+from aam.linear import fit_linear, known_asvs, linear_features
+from aam.metadata import class_targets, numeric_targets
+from aam.start import fit_network, fit_start, network_outputs
+
+tasks = { # folder, column, classes, group, where
+    'temperature': ('mackerel_body_site', 'water_temp_c', False, 'sampling_event', {}),
+    'age': ('mouse_age', 'age_weeks', False, 'age_weeks', {'study': 'longitudinal'}),
+    'site': ('mackerel_body_site', 'body_site', True, 'sampling_event', {}),
+    'diet': ('mouse_age', 'diet', True, 'host_id', {'study': 'dietary', 'diet_day': '>0'}),
+    'diet day': ('mouse_age', 'diet_day', False, 'host_id', {'study': 'dietary'}),
+    'age by cage': ('mouse_age', 'age_weeks', False, 'cage', {'study': 'longitudinal'}),
+    'season': ('mackerel_body_site', 'season', True, 'sampling_event', {}),
+    'temperature by fish': ('mackerel_body_site', 'water_temp_c', False, 'host_id', {}),
+    'site by fish': ('mackerel_body_site', 'body_site', True, 'host_id', {}),
+}
+recipes = {'as it is': {}, '30 epochs': dict(epochs=30), '120 epochs': dict(epochs=120), 'dropout 0': dict(dropout=0.), 'dropout 0.5': dict(dropout=0.5), 'smoothed labels': dict(smoothing=0.1)}
+
+def read(folder:Path, column:str, classes:bool, where:dict):
+    "Samples with a value of the target."
+    inputs = read_inputs(InputOptions(table=folder/'table.biom'), folder/'metadata.tsv')
+    left = inputs.frame[column].isna()
+    for name, value in where.items(): left |= ~(inputs.frame[name].astype(float) > 0) if value == '>0' else inputs.frame[name] != value
+    inputs.drop(inputs.frame.index[left], 'not of this task')
+    y, names = class_targets(inputs.frame, column) if classes else (numeric_targets(inputs.frame, [column]), [])
+    return inputs, y, names
+
+def trees(table, z, rest, test, classes:int):
+    X = np.log1p(1e4*table.counts/table.reads[:, None]) if not hasattr(table.counts, 'toarray') else np.log1p(1e4*table.counts.toarray()/table.reads[:, None])
+    if not classes: return ExtraTreesRegressor(300, max_features=1/3, random_state=0).fit(X[rest], z[rest, 0]).predict(X[test])[:, None]
+    fitted, chances = ExtraTreesClassifier(300, random_state=0).fit(X[rest], z[rest]), np.zeros((len(test), classes))
+    chances[:, fitted.classes_] = fitted.predict_proba(X[test])
+    return chances
+
+def linear(table, z, rest, test, groups, classes:int):
+    known = known_asvs(table, rest)
+    weights, bias, _ = fit_linear(linear_features(table, rest, known), z[rest], classes, groups[rest])
+    return linear_features(table, test, known) @ weights + bias
+
+def network(table, z, rest, test, classes:int, **how):
+    known = known_asvs(table, rest)
+    return network_outputs([fit_network(linear_features(table, rest, known), z[rest], classes, **how)], linear_features(table, test, known))
+
+def start(table, z, rest, test, groups, classes:int, said:list):
+    found, _ = fit_start(table, rest, z[rest], classes, known_asvs(table, rest), groups[rest])
+    said.append(found.share)
+    return found.outputs(table, test)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', type=Path, default=Path('../shared/data')); p.add_argument('--tasks', default=','.join(tasks)); p.add_argument('--recipes', action='store_true')
+    args, scores = p.parse_args(), {}
+    for task in args.tasks.split(','):
+        folder, column, classes, group, where = tasks[task]
+        inputs, y, names = read(args.data/folder, column, classes, where)
+        table, groups, C, said = inputs.table, inputs.frame[group].astype(str).to_numpy(), len(names), []
+        n = min(5, len(set(groups)))
+        splitter = StratifiedGroupKFold(n, shuffle=True, random_state=42) if classes else GroupKFold(n, shuffle=True, random_state=42)
+        methods = {name: partial(network, classes=C, **how) for name, how in recipes.items()} if args.recipes else dict(
+            linear=partial(linear, groups=groups, classes=C), network=partial(network, classes=C), start=partial(start, groups=groups, classes=C, said=said), ExtraTrees=partial(trees, classes=C))
+        found, reference, seconds = {v: np.zeros((len(y), C or 1)) for v in methods}, np.zeros(len(y)), dict.fromkeys(methods, 0.)
+        for rest, test in splitter.split(np.zeros(len(y)), y if classes else None, groups):
+            centre, scale = (0, 1) if classes else (y[rest].mean(), y[rest].std())
+            reference[test] = 0 if classes else centre
+            z = y if classes else (y - centre)/scale
+            for v, method in methods.items():
+                began = time.process_time()
+                found[v][test] = method(table, z, list(rest), list(test))*scale + centre
+                seconds[v] += (time.process_time() - began)/n
+        scores[task] = {v: (p.argmax(1) == y).mean() if classes else 1 - ((p[:, 0] - y[:, 0])**2).sum()/((y[:, 0] - reference)**2).sum() for v, p in found.items()}
+        print(f"{task:<20}{'accuracy' if classes else 'R2':<9}" + ', '.join(f'{v} {s:.3f} ({seconds[v]:.1f} CPU-s)' for v, s in scores[task].items()) + (f"; networks' shares {', '.join(f'{s:g}' for s in said)}" if said else ''), flush=True)
+    if args.recipes and len(scores) > 1:
+        ranks = {task: dict(zip(s, rankdata([-x for x in s.values()]))) for task, s in scores.items()}
+        print('mean rank: ' + ', '.join(f'{r} {np.mean([k[r] for k in ranks.values()]):.2f}' for r in recipes))
+        for task in scores:
+            best = min(recipes, key=lambda r: np.mean([k[r] for t, k in ranks.items() if t != task]))
+            print(f'{task:<20}best on the others: {best}, here {scores[task][best]:.3f} ({scores[task]["as it is"]:.3f} as it is)')
+
+if __name__ == '__main__': main()
