@@ -476,6 +476,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'aam.fits._into': ('fits.html#_into', 'aam/fits.py'),
                           'aam.fits._is_free': ('fits.html#_is_free', 'aam/fits.py'),
                           'aam.fits._named': ('fits.html#_named', 'aam/fits.py'),
+                          'aam.fits._predict_parts': ('fits.html#_predict_parts', 'aam/fits.py'),
                           'aam.fits._read_predictions': ('fits.html#_read_predictions', 'aam/fits.py'),
                           'aam.fits._restart': ('fits.html#_restart', 'aam/fits.py'),
                           'aam.fits._visible_gpus': ('fits.html#_visible_gpus', 'aam/fits.py'),

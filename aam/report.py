@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import option_name
 from .folds import Evaluation
-from .comparison import aam_name, averaged_name, fewest_groups, group_scores, prediction_table, score_names, shown_scores, stacked_name, summarise, where_tested
+from .comparison import aam_name, averaged_name, fewest_groups, group_scores, own_methods, prediction_table, score_names, shown_scores, stacked_name, summarise, where_tested
 
 # %% ../nbs/43_report.ipynb #34e00031
 _style = '''body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1c1c1c;max-width:62rem;margin:2rem auto;padding:0 1.2rem}
@@ -64,7 +64,7 @@ def _method_table(e:Evaluation, results:dict, rows:list[dict]) -> str:
         shown.append([html.escape(r['method']), *(_number(r[n], digits(n)) for n in names), interval, *([] if few else [_number(r['p'], '.2g')]), *spread, *seeds])
     head = ['method', *names, 'difference to the best baseline' + ('' if few else ' (95 %)'), *([] if few else ['p']), *([f"{'accuracy' if e.classes else 'MAE'} by {html.escape(e.unit)}, 10 to 90 %"] if e.groups else []),
             *(['SD over seeds'] if results['seeds'] > 1 else [])]
-    kinds = ['ours' if r['method'] in (aam_name, averaged_name, stacked_name) else 'best' if r['method'] == 'best baseline' else '' for r in rows]
+    kinds = ['ours' if r['method'] in own_methods else 'best' if r['method'] == 'best baseline' else '' for r in rows]
     return _table(head, shown, kinds)
 
 # %% ../nbs/43_report.ipynb #34e00034
@@ -131,7 +131,7 @@ def typed_command(given:dict) -> str:
 # %% ../nbs/43_report.ipynb #34e00036
 def _introduction(e:Evaluation, results:dict) -> str:
     "What was compared, in two sentences."
-    n = sum(name not in (aam_name, averaged_name, stacked_name, 'best baseline') for name in results['methods'])
+    n = sum(name not in (*own_methods, 'best baseline') for name in results['methods'])
     meant = 'Accuracy is the share of samples whose class is right.' if e.classes else 'R2 is 1 for perfect predictions and 0 for predictions as good as the mean.'
     return f"<p>aam, a transformer that reads the sequences and abundances of a sample's ASVs, was compared with {count(n, 'method')} that need no deep learning. All predicted samples that they had not been fitted to, and all were fitted on the same other samples. {meant}</p>"
 
