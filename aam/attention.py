@@ -146,4 +146,5 @@ def attention(
     mask:Tensor=None, # True where a position is real, (B, T)
 ) -> Tensor: # (B, T, D)
     "Multi-head attention (Vaswani et al. 2017) of each position to all real ones of its row."
+    if not len(project): return project[..., :project.shape[2]//3] # compiled for a GPU, PyTorch's function of no rows is none
     return tiled(project, heads)[0] if fits_tiles(project, heads, mask) else plain_attention(project, heads, mask)

@@ -5,7 +5,8 @@
     python benchmarks/study.py --data ../shared/data --page                            # only writes the page again
 
 Tasks, folds, seeds, variants and label shares are in `study/tasks.json`. Folds, baselines and statistics are those of `aam evaluate`.
-Each finished fit is a line of `study/results.jsonl`; what is there is not fitted again, unless its options have changed. A fit is only
+Each finished fit is a line of `study/results.jsonl`; what is there is not fitted again, unless its options have changed, or
+`recipe` in the tasks, which is to be raised when the same options mean another model. A fit is only
 started if it should end within `--minutes`. `study/results.md` and its pictures are written at the end; what is missing is "not run".
 `--results FOLDER` writes elsewhere, going on from what `study/` holds. Files of runs and encoders go to `--work`.
 """
@@ -74,7 +75,7 @@ class Cell:
         own = {k: everything.get(k) for k in ('metadata_column', 'classifier', 'group_column', 'technical_columns', 'folds', 'seed', 'test_size', 'n_estimators', 'rarefy_depth', 'rarefy_seed', 'unifrac_metric', 'categorical_columns')}
         everything.pop('repeats', None); everything.pop('seeds', None) # more of them leave the first as they are
         about = {k: v for k, v in self.about.items() if k != 'primary'}
-        return dict(baselines=digest(own, about, self.share), aam=digest(everything, about, self.share))
+        return dict(baselines=digest(own, about, self.share), aam=digest(everything, about, self.share, self.study.tasks.get('recipe')))
 
     @cached_property
     def evaluation(self):
