@@ -21,7 +21,7 @@ class PredictOptions(Options):
     output:Required=None # file to write, tab separated
     metadata:Path=None # table of sample metadata, where the model uses categories
     prediction_passes:Number(int, 1)=None # rarefactions whose predictions are averaged (without it: as many as in training, --val-prediction-passes)
-    output_variance:bool=False # write the variance of predictions between these rarefactions, too
+    output_variance:bool=False # write the variance of predictions between these rarefactions, too (the start, which counts all reads, adds none)
     batch_size:Number(int, 1)=8 # samples in a batch
     asv_chunk_size:Number(int, 0)=256 # ASVs encoded at a time, each ASV of the table once; 0: all of one length
     device:choice(device_names)='auto' # where to compute

@@ -115,16 +115,16 @@ class Start:
     bias:np.ndarray # (O,)
     networks:AsvNetworks=None
     share:float=0. # of the networks in an output
-    shift:np.ndarray=0. # what is added to outputs, (O,), or (O, Q) with quantiles
+    shift:np.ndarray=0. # what a head adds to outputs, (O,), or (O, Q) with quantiles
     unexplained:float=1. # loss of out-of-fold outputs, over that of guessing
     judged:int=0 # samples that this is known from
 
-    def outputs(self, table:Table, samples, categories=None) -> np.ndarray: # (N, O) or (N, O, Q)
-        "Standardised outputs, or log odds, of `samples` of `table`, of all of whose samples `categories` are."
+    def outputs(self, table:Table, samples, categories=None) -> np.ndarray: # (N, O)
+        "Standardised outputs, or log odds, of `samples` of `table`, of all of whose samples `categories` are; not yet shifted."
         X = linear_features(table, samples, self.known, categories, self.sizes)
         out = X @ self.weights + self.bias
         if self.share: out = out + self.share*(network_outputs(self.networks, X).mean(0) - out)
-        return ((out if np.ndim(self.shift) < 2 else out[..., None]) + self.shift).astype(np.float32)
+        return out.astype(np.float32)
 
     def to_dict(self) -> dict:
         "For a checkpoint."

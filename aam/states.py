@@ -72,7 +72,7 @@ class KeptStates:
             found.append([x.to(states.device) for x in (s.abundance[s.mask], s.sums, s.mask.sum(1))])
             end += len(new)
         model.train(training)
-        found.append([x[:0] for x in found[0][:2]] + [torch.zeros_like(x[:1]) for x in found[0][2:]]) # an empty sample, which fills up parts of batches
+        found.append([found[0][0][:0]] + [torch.zeros_like(x[:1]) for x in found[0][1:]]) # an empty sample, which fills up parts of batches
         self.store = Store(states, *map(torch.cat, zip(*found)))
         self.length = self.store.length.tolist()
         self.place = {sample: k for k, sample in enumerate(richest.tolist())}

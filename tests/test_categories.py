@@ -36,7 +36,7 @@ def states():
     torch.manual_seed(1)
     mask = torch.ones(4, 6).bool()
     mask[0, 4:] = False
-    return SampleStates(torch.randn(4, 6, 16), mask, torch.rand(4, 6)*mask, torch.randn(4, 2, 8), torch.zeros(4, 6).long())
+    return SampleStates(torch.randn(4, 6, 16), mask, torch.rand(4, 6)*mask, torch.randn(4, 2, 8))
 
 
 ids = torch.tensor([[1, 1], [2, 3], [0, 2], [1, 0]])

@@ -299,7 +299,7 @@ def test_transform_of_the_targets(run, predicted, folder, name):
 
 def test_passes_and_variance(run, predicted):
     "The model's number of passes is predict's; two passes and one give the second, and so the variance."
-    r = run('age', val_prediction_passes=2)
+    r = run('age', val_prediction_passes=2, linear_start=False)
     two, one = predicted(r, output_variance=True), predicted(r, prediction_passes=1)
     assert list(two) == ['prediction', 'variance'] and list(one) == ['prediction']
     expect_same(r, two[['prediction']])
