@@ -41,11 +41,12 @@ class Watch:
     "What a command does, seen through PyTorch's own hooks: batches, chunks, memory kept for the backward pass."
     def __init__(self):
         self.trained, self.validated, self.weights_seen, self.chunks, self.encoded, self.workers, self.autocast, self.zeroed, self.read, self.judged, self.saved = [], [], [], [], [], [], set(), {}, [], [], 0
+        self.learning = False
 
     def before(self, module, inputs):
         if isinstance(module, Model):
-            learning = module.training and torch.is_grad_enabled()
-            if learning:
+            self.learning = module.training and torch.is_grad_enabled()
+            if self.learning:
                 self.trained.append(inputs[0])
                 self.learner = module
                 if len(self.trained) == 1: self.start = module.encoder.project.weight.detach().clone()
@@ -62,16 +63,20 @@ class Watch:
         if isinstance(module, TargetHead) and not module.training: self.judged.append(len(inputs[0].states))
         if isinstance(module, Encoder): self.encoded += inputs[0].sample_ids
 
+    def after(self, module, inputs, output):
+        if isinstance(module, Model): self.learning = False
+
     def keep(self, tensor):
-        self.saved += tensor.numel()*tensor.element_size()
+        if self.learning: self.saved += tensor.numel()*tensor.element_size()
         return tensor
 
     def run(self, *words):
         self.helpers = len(multiprocessing.active_children())
-        handle = hooks.register_module_forward_pre_hook(self.before)
+        handles = hooks.register_module_forward_pre_hook(self.before), hooks.register_module_forward_hook(self.after)
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t): self.result = run_command(list(map(str, words)))
-        finally: handle.remove()
+        finally:
+            for handle in handles: handle.remove()
         return self
 
 
