@@ -935,6 +935,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.start.Start.to_dict': ('start.html#start.to_dict', 'aam/start.py'),
                            'aam.start.fit_networks': ('start.html#fit_networks', 'aam/start.py'),
                            'aam.start.fit_start': ('start.html#fit_start', 'aam/start.py'),
+                           'aam.start.network_loss': ('start.html#network_loss', 'aam/start.py'),
                            'aam.start.network_outputs': ('start.html#network_outputs', 'aam/start.py'),
                            'aam.start.skill': ('start.html#skill', 'aam/start.py'),
                            'aam.start.skill_of': ('start.html#skill_of', 'aam/start.py'),

@@ -14,9 +14,9 @@ from .table import Table
 
 # %% ../nbs/09_linear.ipynb #95ad03a8
 def known_asvs(table:Table, samples, most:int=20_000) -> list[str]:
-    "Sequences present in at least two of `samples`, in order."
+    "Sequences present in at least two, and one in 300, of `samples`, in order."
     prevalence = np.bincount(table.counts[list(samples)].indices, minlength=len(table.sequences))
-    common = np.flatnonzero(prevalence >= 2)
+    common = np.flatnonzero(prevalence >= max(2, len(samples)/300))
     common = np.sort(common[np.argsort(-prevalence[common], kind='stable')[:most]])
     return [table.sequences[i] for i in common]
 

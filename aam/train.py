@@ -185,7 +185,7 @@ def start_of(head, task:Task, samples, options, share:float=None): # of the netw
     groups = get_column(task.inputs.frame, group).iloc[samples].fillna('').astype(str).to_numpy() if group else None
     sizes = [len(values) for values in task.vocabulary.values()]
     if not task.goal.classes and {'quantile', 'asymmetric'} & set(target.loss_types): share = None # which needs out-of-fold outputs anew
-    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, share)
+    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, share, progress=True)
     start.shift = shift if task.goal.classes else error_quantiles(head, task.data.target[samples], left_out, target)
     return start
 
