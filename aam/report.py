@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import option_name
 from .folds import Evaluation
-from .comparison import aam_name, averaged_name, fewest_groups, group_scores, own_methods, prediction_table, score_names, shown_scores, stacked_name, summarise, where_tested
+from .comparison import aam_name, averaged_name, fewest_groups, group_scores, own_methods, part_names, prediction_table, score_names, shown_scores, stacked_name, summarise, where_tested
 
 # %% ../nbs/43_report.ipynb #34e00031
 _style = '''body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1c1c1c;max-width:62rem;margin:2rem auto;padding:0 1.2rem}
@@ -110,6 +110,9 @@ def how_it_was_done(e:Evaluation, results:dict, records:list[dict]) -> str:
     text = [f"To test on samples that no fit has seen, {dealt}. Each sample was tested once{' in each dealing' if results['repeats'] > 1 else ''}, and all methods were tested on the same folds. {score_names[e.score].capitalize()} is {score}; it is taken over all test samples together.",
             f"All baselines were fitted on all training samples of a fold, each with the variant (kind of feature, penalty, ...) that a cross-validation inside them chose. <b>Best baseline</b> is in each fold the method with the best score in that inner cross-validation, not the one that turned out best: {picked} (number of folds).",
             f"aam was fitted on {100*(1 - o.test_size):.0f} % of the training samples; the other {100*o.test_size:.0f} % decided when to stop{f', {o.seeds} times with different seeds' if o.seeds > 1 else ''}. {pretraining_text(e, records)}"]
+    if part_names['start'] in results['methods']:
+        refitted = ' In the end the start is fitted to all training samples, those to stop on included.' if e.options['target'].refit else ''
+        text.append(f"<b>{part_names['start']}</b> and <b>{part_names['sequences']}</b> are the two parts that a prediction of aam is the weighted mean of: models of the training samples' ASVs, each known by name, and what the transformer learnt from sequences.{refitted}")
     if weights: text.append(f"<b>aam + trees</b> is a weighted mean of aam and ExtraTrees. The weight of aam was chosen in each fold on its stop samples, with out-of-fold predictions of the trees, and stays near 1/2 unless another is clearly better: {sum(weights)/len(weights):.2f} on average ({min(weights):.2f} to {max(weights):.2f}).")
     if any(r['low'] is not None for r in results['methods'].values() if 'low' in r): text.append(test)
     return ''.join(f'<p>{t}</p>' for t in text)
@@ -117,7 +120,7 @@ def how_it_was_done(e:Evaluation, results:dict, records:list[dict]) -> str:
 def variant_table(results:dict) -> str:
     "Which variants the inner cross-validations chose."
     from collections import Counter
-    rows = [[html.escape(name), '<br>'.join(f'{html.escape(v)} ({n})' for v, n in Counter(chosen).most_common())] for name, chosen in results['chosen'].items()]
+    rows = [[html.escape(name), '<br>'.join(f'{html.escape(v)} ({n})' for v, n in Counter(chosen).most_common())] for name, chosen in results['chosen'].items() if name not in ('mean', 'majority')]
     return _table(['method', 'variants chosen (number of folds)'], rows, text=(0, 1))
 
 # %% ../nbs/43_report.ipynb #34e000ac
