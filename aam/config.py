@@ -7,12 +7,12 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'precision_names', 'compile_names', 'share_names', 'mask_strategy_names', 'unifrac_metric_names',
            'fusion_names', 'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names',
            'device_names', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options',
-           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'launched', 'Bounds', 'Number',
-           'choice', 'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options', 'check_value',
-           'InputOptions', 'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source', 'LossOptions',
-           'TargetOptions', 'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale', 'split_names',
-           'CategoryOptions', 'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments', 'command',
-           'build_options', 'command_parser', 'parse_command', 'option_table']
+           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'progress_bar', 'launched',
+           'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options',
+           'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source',
+           'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale',
+           'split_names', 'CategoryOptions', 'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments',
+           'command', 'build_options', 'command_parser', 'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, os, sys, time
@@ -35,6 +35,13 @@ def nearest(name:str, known) -> list[str]:
 class Interrupted(SystemExit):
     "Training was told to stop, and its state is saved."
     def __init__(self): super().__init__(75)
+
+# %% ../nbs/00_config.ipynb #ba700002
+def progress_bar(total:int, description:str, initial:int=0, shown:bool=True):
+    "A tqdm bar that keeps out of log files."
+    from fastcore.imports import IN_NOTEBOOK
+    from tqdm.auto import tqdm
+    return tqdm(total=total, desc=description, initial=initial, leave=False, dynamic_ncols=True, disable=not shown or not (sys.stderr.isatty() or IN_NOTEBOOK))
 
 # %% ../nbs/00_config.ipynb #d1571011
 def launched(env=os.environ) -> tuple: # rank, number of ranks, rank on this node

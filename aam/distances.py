@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import AamError, Number, Options, Required, choice, command, device_names
+from .config import AamError, Number, Options, Required, choice, command, device_names, progress_bar
 
 log = logging.getLogger('aam')
 
@@ -167,7 +167,6 @@ def check_half(largest:float):
 def write_matrix(tables:list, branches, output:Output, record:dict, o:DistanceOptions):
     "All distances of a table, or their means over draws, straight into the file."
     from aam.blocks import block_distances, block_size, find_device, metrics
-    from aam.monitor import progress_bar
     n, sample_ids, device, largest = len(tables[0]), tables[0].sample_ids, find_device(o.device), 0.
     dtype = 'float64' if o.dtype == 'float64' else metrics[o.metric].dtype
     block = block_size(n, len(branches.place), o.memory, device, int(dtype[-2:])//8)

@@ -10,7 +10,7 @@ import json, logging, shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, InputOptions, LossOptions, TargetOptions, TrainingOptions, command, option_name
+from .config import AamError, CategoryOptions, EncoderOptions, HeadOptions, InputOptions, LossOptions, TargetOptions, TrainingOptions, command, option_name, progress_bar
 from .folds import Evaluation, EvaluationOptions, input_files
 from .fits import Job, add_record, make_jobs, movable, read_records, record_key, remember, run_jobs
 from .report import write_results
@@ -78,7 +78,6 @@ def evaluate(
     evaluation:EvaluationOptions,
 ):
     "Compares aam with tree ensembles and other baselines by cross-validation, and writes a report."
-    from aam.monitor import progress_bar
     from aam.run import Run, start_messages, write_messages_to
     messages = start_messages()
     e = Evaluation(dict(input=input, target=target, loss=loss, head=head, categories=categories, encoder=encoder, training=training, evaluation=evaluation))

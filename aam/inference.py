@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .checkpoint import build_model
-from .config import AamError
+from .config import AamError, progress_bar
 from .data import SampleData
 from .start import Start
 from .metadata import category_ids, class_targets, get_column, join_ids, numeric_targets
 from .metrics import classification_scores, quantile_scores, regression_scores
-from .monitor import progress_bar
 from .predictor import Model
 from .table import Table
 from .transforms import TargetTransform

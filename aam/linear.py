@@ -13,10 +13,10 @@ from scipy import sparse
 from .table import Table
 
 # %% ../nbs/09_linear.ipynb #95ad03a8
-def known_asvs(table:Table, samples, most:int=20_000) -> list[str]:
-    "Sequences present in at least two, and one in 300, of `samples`, in order."
+def known_asvs(table:Table, samples, most:int=20_000, rarest:float=1/300) -> list[str]:
+    "Sequences present in at least two, and a share of `rarest`, of `samples`, in order; of too many the `most` prevalent."
     prevalence = np.bincount(table.counts[list(samples)].indices, minlength=len(table.sequences))
-    common = np.flatnonzero(prevalence >= max(2, len(samples)/300))
+    common = np.flatnonzero(prevalence >= max(2, rarest*len(samples)))
     common = np.sort(common[np.argsort(-prevalence[common], kind='stable')[:most]])
     return [table.sequences[i] for i in common]
 

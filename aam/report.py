@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .config import option_name
 from .folds import Evaluation
+from .baselines import guess_names
 from .comparison import aam_name, averaged_name, fewest_groups, group_scores, own_methods, part_names, prediction_table, score_names, shown_scores, stacked_name, summarise, where_tested
 
 # %% ../nbs/43_report.ipynb #34e00031
@@ -89,7 +90,7 @@ def caveats(e:Evaluation, results:dict, records:list[dict]) -> list[str]:
     if not e.groups: found.append('Samples were dealt one by one. If several come from one subject, site or date, the scores are those of known subjects; <code>--group-column</code> gives those of new ones.')
     if e.groups and results['groups'] < fewest_groups: found.append(f"{results['groups']} values of {html.escape(e.unit)}: too few groups for an interval or a p value.")
     if results['unfitted_classes']: found.append('Some classes were absent from the training samples of a fold and count as wrong there: ' + html.escape(', '.join(f'{c} ({count(n, "fold")})' for c, n in results['unfitted_classes'].items())) + '.')
-    near = [n for n in ('depth and richness', 'technical columns') if n in rows and aam_name in rows and rows[n][e.score] > (rows[aam_name][e.score] + rows.get('mean', rows.get('majority'))[e.score])/2]
+    near = [n for n in ('depth and richness', 'technical columns') if n in rows and aam_name in rows and rows[n][e.score] > (rows[aam_name][e.score] + next(rows[n] for n in guess_names if n in rows)[e.score])/2]
     for n in near: found.append(f'<b>{html.escape(n)} alone</b> predict more than half as well as aam ({score_names[e.score]} {rows[n][e.score]:.3f}): part of what the methods find may be how samples were processed.')
     if not o.technical_columns: found.append('No technical columns were named (<code>--technical-columns</code>: plate, run, centre), so it is not known what they would predict by themselves.')
     if e.inputs.distances is None and e.inputs.branches is None: found.append('Without <code>--tree</code> or <code>--unifrac-matrix</code> there is no UniFrac: neither nearest neighbours nor the UniFrac part of pre-training.')
@@ -120,7 +121,7 @@ def how_it_was_done(e:Evaluation, results:dict, records:list[dict]) -> str:
 def variant_table(results:dict) -> str:
     "Which variants the inner cross-validations chose."
     from collections import Counter
-    rows = [[html.escape(name), '<br>'.join(f'{html.escape(v)} ({n})' for v, n in Counter(chosen).most_common())] for name, chosen in results['chosen'].items() if name not in ('mean', 'majority')]
+    rows = [[html.escape(name), '<br>'.join(f'{html.escape(v)} ({n})' for v, n in Counter(chosen).most_common())] for name, chosen in results['chosen'].items() if name not in guess_names] # guessing has no variants
     return _table(['method', 'variants chosen (number of folds)'], rows, text=(0, 1))
 
 # %% ../nbs/43_report.ipynb #34e000ac

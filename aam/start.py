@@ -7,15 +7,14 @@ __all__ = ['Rows', 'AsvNetworks', 'network_loss', 'fit_networks', 'network_outpu
            'skill_of', 'start_share']
 
 # %% ../nbs/10_start.ipynb #10aa0004
-import sys
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from dataclasses import dataclass
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from .config import progress_bar
 from .linear import fit_linear, folds, linear_features, output_loss
 from .table import Table
 
@@ -104,7 +103,7 @@ def fit_networks(
         optimizer = torch.optim.AdamW(networks.parameters(), 2e-3, weight_decay=0.1, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
         target = torch.from_numpy(y if classes else y.astype(np.float32))
-        with tqdm(total=steps, desc='fitting networks', leave=False, disable=not progress or not sys.stderr.isatty()) as bar:
+        with progress_bar(steps, 'fitting networks', shown=progress) as bar:
             for epoch in range(-(-steps//per_epoch)):
                 for some in torch.randperm(len(y)).split(batch_size)[:steps - epoch*per_epoch]:
                     loss = network_loss(networks(Rows.of(X[some.numpy()])), target[some], theirs[:, some])

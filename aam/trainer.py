@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
-from .config import AamError, Interrupted, TrainingOptions, precision_names
+from .config import AamError, Interrupted, TrainingOptions, precision_names, progress_bar
 from .data import loader, pick_workers
 from .distributed import Ranks, full, single
 from .encoder import BaseEmbedding
 from .fusion import observed
 from .graphs import Graphed, Replay, leaves_room
 from .losses import Objective
-from .monitor import Meter, Record, progress_bar, progress_text
+from .monitor import Meter, Record, progress_text
 from .layers import Block, update_statistics
 from .metrics import is_better
 from .optim import AveragedWeights, Schedule, like, make_optimizer

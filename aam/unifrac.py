@@ -17,10 +17,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 from scipy import sparse
-from tqdm.auto import tqdm
 
 # %% ../nbs/03_unifrac.ipynb #0e52349d
-from .config import AamError, unifrac_metric_names
+from .config import AamError, progress_bar, unifrac_metric_names
 from .table import Table, data_file, read_table, reason
 from .tokens import normalise_sequence
 
@@ -84,16 +83,18 @@ def _check_distances(path, ids, matrix, tolerance=1e-4, numbers=2**24):
     if len(set(ids)) < len(ids): refuse('a sample ID occurs twice', 'name each sample once')
     side = max(1, int(numbers**.5))
     parts = [slice(i, i + side) for i in range(0, len(matrix), side)]
-    for n, rows in enumerate(tqdm(parts, f'checking {path.name}', leave=False, disable=len(parts) < 2 or not sys.stderr.isatty())):
-        for columns in parts[n:]: # a tile and the one opposite: the whole of a file is read once, in long stretches
-            tile = matrix[rows, columns]
-            opposite = tile if rows == columns else matrix[columns, rows]
-            for first, part in (rows.start, tile), (columns.start, opposite):
-                bad = ~np.isfinite(part).all(1)
-                if bad.any(): refuse(f'sample {ids[first + bad.argmax()]} has distances that are no numbers', 'compute them again')
-                if (part < 0).any(): refuse('there are negative distances', 'give distances, not similarities or coordinates')
-            if rows == columns and np.abs(tile.diagonal()).max() > tolerance: refuse('the diagonal is not zero', 'give distances, not similarities')
-            if np.abs(tile - opposite.T).max() > tolerance: refuse('the matrix is not symmetric', 'check that rows and columns name the same samples in the same order')
+    with progress_bar(len(parts), f'checking {path.name}', shown=len(parts) > 1) as bar:
+        for n, rows in enumerate(parts):
+            for columns in parts[n:]: # a tile and the one opposite: the whole of a file is read once, in long stretches
+                tile = matrix[rows, columns]
+                opposite = tile if rows == columns else matrix[columns, rows]
+                for first, part in (rows.start, tile), (columns.start, opposite):
+                    bad = ~np.isfinite(part).all(1)
+                    if bad.any(): refuse(f'sample {ids[first + bad.argmax()]} has distances that are no numbers', 'compute them again')
+                    if (part < 0).any(): refuse('there are negative distances', 'give distances, not similarities or coordinates')
+                if rows == columns and np.abs(tile.diagonal()).max() > tolerance: refuse('the diagonal is not zero', 'give distances, not similarities')
+                if np.abs(tile - opposite.T).max() > tolerance: refuse('the matrix is not symmetric', 'check that rows and columns name the same samples in the same order')
+            bar.update()
     return Distances(list(ids), matrix)
 
 # %% ../nbs/03_unifrac.ipynb #e36f2faa

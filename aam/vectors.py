@@ -6,15 +6,14 @@
 __all__ = ['equal_runs', 'AsvVectors', 'send', 'storage_device', 'encode_rows', 'encode_asvs', 'draw_states']
 
 # %% ../nbs/15_vectors.ipynb #1a4b0004
-import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
 from dataclasses import dataclass
 from itertools import pairwise
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from .config import progress_bar
 from .data import SampleData, limit_asvs, stack_rows, view_draw
 from .predictor import Model, SampleStates
 from .tokens import pad_id
@@ -67,7 +66,7 @@ def encode_asvs(model:Model, data:SampleData, samples, chunk_size:int=256, devic
     rows, shared = data.token_row[asvs[first]], np.diff(first, append=len(asvs))
     kept = storage_device(len(asvs)*encoder.asvs.width, device)
     vectors = AsvVectors(place, *(torch.empty(len(asvs), width, device=kept) for width in (D, encoder.asvs.width - D)))
-    with tqdm(total=len(rows), desc='encoding ASVs', leave=False, disable=not progress or not sys.stderr.isatty()) as bar:
+    with progress_bar(len(rows), 'encoding ASVs', shown=progress) as bar:
         for run in equal_runs(bases[rows], chunk_size):
             tokens, some = data.tokens[rows[run], :bases[rows[run.start]]], slice(first[run.start], first[run.start] + shared[run].sum())
             token_row, kmers = np.repeat(np.arange(len(tokens)), shared[run]), data.kmers[asvs[some]].astype(np.int32)

@@ -1,10 +1,11 @@
 """What a prediction starts from (linear model, networks on ASVs, their mean) by itself in grouped cross-validation, beside ExtraTrees on log abundances.
 
     python benchmarks/start.py --data ../shared/data [--tasks temperature,age,site] [--recipes]
+    python benchmarks/start.py --large
 
 Five folds of whole groups; scores are pooled over them; the reference of R2 is the mean of each training part. Networks by themselves are
 one each; in the start there are four. With `--recipes`, ways to fit a network are compared instead, and for each task that recipe is shown
-which has the best mean rank over the *other* tasks.
+which has the best mean rank over the *other* tasks. `--large` times a start of a large simulated table.
 """
 import argparse
 import time
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
@@ -21,6 +23,7 @@ from aam.inputs import read_inputs
 from aam.linear import fit_linear, known_asvs, linear_features
 from aam.metadata import class_targets, numeric_targets
 from aam.start import fit_networks, fit_start, network_outputs
+from aam.table import make_table
 
 tasks = { # folder, column, classes, group, where
     'temperature': ('mackerel_body_site', 'water_temp_c', False, 'sampling_event', {}),
@@ -65,10 +68,28 @@ def start(table, z, rest, test, groups, classes:int, said:list):
     said.append(found.share)
     return found.outputs(table, test)
 
+def large(samples:int=3000, asvs:int=20_000, each:int=150):
+    "CPU-seconds of a start for numbers and for classes."
+    rng, prevalence = np.random.default_rng(0), np.arange(1, asvs + 1)**-0.8
+    held = rng.choice(asvs, samples*each, p=prevalence/prevalence.sum())
+    counts = csr_matrix((rng.geometric(0.05, len(held)), (np.repeat(np.arange(samples), each), held)), (samples, asvs))
+    sequences = sorted({''.join(s) for s in rng.choice(list('ACGT'), (asvs, 100))})
+    table = make_table(counts, [f's{i:04}' for i in range(samples)], sequences)
+    known, numbers = known_asvs(table, range(samples)), np.log1p(table.counts.toarray()) @ rng.normal(size=len(table.sequences))
+    numbers = (numbers - numbers.mean())/numbers.std()
+    print(f'{samples} samples of {len(table.sequences)} ASVs, {len(known)} of them known')
+    for what, y, classes in ('numbers', numbers[:, None], 0), ('four classes', np.digitize(numbers, np.quantile(numbers, [.25, .5, .75])), 4):
+        began = time.process_time()
+        fit_linear(linear_features(table, range(samples), known), y, classes)
+        linear, began = time.process_time() - began, time.process_time()
+        fit_start(table, range(samples), y, classes, known)
+        print(f'{what}: {time.process_time() - began:.0f} CPU-s, the linear model alone {linear:.0f}', flush=True)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', type=Path, default=Path('../shared/data')); p.add_argument('--tasks', default=','.join(tasks)); p.add_argument('--recipes', action='store_true')
+    p.add_argument('--data', type=Path, default=Path('../shared/data')); p.add_argument('--tasks', default=','.join(tasks)); p.add_argument('--recipes', action='store_true'); p.add_argument('--large', action='store_true')
     args, scores = p.parse_args(), {}
+    if args.large: return large()
     for task in args.tasks.split(','):
         folder, column, classes, group, where = tasks[task]
         inputs, y, names = read(args.data/folder, column, classes, where)
