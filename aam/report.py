@@ -12,7 +12,6 @@ from pathlib import Path
 
 from .config import option_name
 from .folds import Evaluation
-from .baselines import guess_names
 from .comparison import aam_name, averaged_name, fewest_groups, group_scores, own_methods, part_names, prediction_table, score_names, shown_scores, stacked_name, summarise, where_tested
 
 # %% ../nbs/43_report.ipynb #34e00031
@@ -86,6 +85,7 @@ def pretraining_text(e:Evaluation, records:list[dict]) -> str:
 # %% ../nbs/43_report.ipynb #34e000a9
 def caveats(e:Evaluation, results:dict, records:list[dict]) -> list[str]:
     "What the reader should beware of, in these data."
+    from aam.baselines import guess_names
     o, rows, found = e.options['evaluation'], results['methods'], []
     if not e.groups: found.append('Samples were dealt one by one. If several come from one subject, site or date, the scores are those of known subjects; <code>--group-column</code> gives those of new ones.')
     if e.groups and results['groups'] < fewest_groups: found.append(f"{results['groups']} values of {html.escape(e.unit)}: too few groups for an interval or a p value.")
@@ -121,6 +121,7 @@ def how_it_was_done(e:Evaluation, results:dict, records:list[dict]) -> str:
 def variant_table(results:dict) -> str:
     "Which variants the inner cross-validations chose."
     from collections import Counter
+    from aam.baselines import guess_names
     rows = [[html.escape(name), '<br>'.join(f'{html.escape(v)} ({n})' for v, n in Counter(chosen).most_common())] for name, chosen in results['chosen'].items() if name not in guess_names] # guessing has no variants
     return _table(['method', 'variants chosen (number of folds)'], rows, text=(0, 1))
 
