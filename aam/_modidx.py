@@ -198,6 +198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.config._option_row': ('config.html#_option_row', 'aam/config.py'),
                             'aam.config._refuse': ('config.html#_refuse', 'aam/config.py'),
                             'aam.config._value_words': ('config.html#_value_words', 'aam/config.py'),
+                            'aam.config.as_number': ('config.html#as_number', 'aam/config.py'),
                             'aam.config.build_options': ('config.html#build_options', 'aam/config.py'),
                             'aam.config.check_classes': ('config.html#check_classes', 'aam/config.py'),
                             'aam.config.check_losses': ('config.html#check_losses', 'aam/config.py'),

@@ -9,10 +9,11 @@ __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names',
            'device_names', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options',
            'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'progress_bar', 'launched',
            'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options',
-           'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions', 'unifrac_options', 'unifrac_source',
-           'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_start', 'check_losses', 'check_scale',
-           'split_names', 'CategoryOptions', 'TrainingOptions', 'ParallelOptions', 'RunOptions', 'field_comments',
-           'command', 'build_options', 'command_parser', 'parse_command', 'option_table']
+           'as_number', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions', 'unifrac_options',
+           'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_start',
+           'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions', 'ParallelOptions',
+           'RunOptions', 'field_comments', 'command', 'build_options', 'command_parser', 'parse_command',
+           'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, os, sys, time
@@ -117,6 +118,7 @@ class Options:
             value = getattr(self, name)
             kind, meta = (get_args(annotation)[0], get_args(annotation)[1:]) if get_origin(annotation) is Annotated else (annotation, ())
             if kind is Path and isinstance(value, str): setattr(self, name, Path(value))
+            if kind in (int, float) and value is not None: setattr(self, name, as_number(name, value, kind))
             if kind in parsers and value is not None:
                 try: setattr(self, name, kind(value))
                 except AamError as error: raise AamError(f'{option_name(name)} {value}: {error}') from None
@@ -128,6 +130,15 @@ class Options:
     def to_dict(self):
         "Plain Python values by name."
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+def as_number(name, value, kind):
+    "`value` as an int or a float: `lr=0` and `batch_size=8.` are meant well."
+    wanted = f"{option_name(name)} {value}: must be a {'whole ' if kind is int else ''}number"
+    if isinstance(value, (str, bool)): raise AamError(wanted)
+    try: number = kind(value)
+    except (TypeError, ValueError, OverflowError): raise AamError(wanted) from None
+    if number != value: raise AamError(wanted)
+    return number
 
 def check_value(name, value, meta):
     "Raises an `AamError` unless `value` satisfies the bounds, choices or requirement in `meta`."
@@ -417,7 +428,6 @@ class TrainingOptions(Options):
 # which scheduler reads which option
 scheduler_options = dict(scheduler_t0=['cosine_restarts'], scheduler_t_mult=['cosine_restarts'], scheduler_eta_min=['warmup_cosine', 'cosine_restarts', 'onecycle'],
                          scheduler_patience=['plateau'], scheduler_factor=['plateau'])
-
 
 # %% ../nbs/00_config.ipynb #d1570051
 @dataclass

@@ -215,5 +215,5 @@ def start_share(
 ) -> float:
     "Share of the start in a prediction."
     n = len(actual)
-    start, learnt = 3*skill_of((n*unexplained(start, actual) + judged*left_out)/(n + judged)), skill(learnt, actual)
+    start, learnt = 10*skill_of((n*unexplained(start, actual) + judged*left_out)/(n + judged))**2, skill(learnt, actual)**2
     return start/(start + learnt) if start + learnt else 1.
