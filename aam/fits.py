@@ -172,6 +172,20 @@ def run_job(job:Job) -> dict:
     kind, repeat, fold, seed = job.key
     return dict(kind=kind, repeat=repeat, fold=fold, seed=seed, seconds=round(time.perf_counter() - start, 1), test=job.fold.test, **found)
 
+# %% ../nbs/41_fits.ipynb #81ffcb8c
+def _cores(n:int) -> int:
+    "Of each of `n` processes."
+    return max(1, (os.cpu_count() or 1)//n)
+
+@contextmanager
+def _share_cores(n:int):
+    "Processes started in the block take one of `n` shares of the cores, where the user has not said how many."
+    names = [v for v in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS') if v not in os.environ]
+    os.environ.update(dict.fromkeys(names, str(_cores(n))))
+    try: yield
+    finally:
+        for name in names: del os.environ[name]
+
 # %% ../nbs/41_fits.ipynb #34e00081
 def _visible_gpus() -> list[str]:
     "The GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them."
@@ -183,8 +197,6 @@ def _be_one_of(n:int, gpus:list, places):
     "Prepares a process that runs fits beside others; `places` is a queue of their numbers."
     import threading, multiprocessing
     from multiprocessing.connection import wait
-    cores = max(1, (os.cpu_count() or 1)//n)
-    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, str(cores)) # before numpy is imported
     os.environ['LOCAL_WORLD_SIZE'] = str(n) # loaders share the cores, too
     if gpus: os.environ['CUDA_VISIBLE_DEVICES'] = gpus[places.get() % len(gpus)] # before CUDA is
     def follow():
@@ -210,7 +222,7 @@ def _is_free(job:Job, running) -> bool:
 
 def run_jobs(jobs:list[Job], n:int, finished, may_start=lambda job: True, go_on:bool=False):
     "Runs `jobs`, `n` side by side; `finished(job, record)` is called after each. With `go_on`, failures are handed to it as exceptions."
-    waiting = [replace(job, cores=max(1, (os.cpu_count() or 1)//n)) for job in jobs]
+    waiting = [replace(job, cores=_cores(n)) for job in jobs]
     if n == 1:
         for job in filter(may_start, waiting): finished(job, _attempt(job, go_on))
         return
@@ -220,7 +232,7 @@ def run_jobs(jobs:list[Job], n:int, finished, may_start=lambda job: True, go_on:
     running, failure, context = {}, None, get_context('spawn')
     gpus, places = _visible_gpus() if any(job.kind == 'aam' for job in jobs) else [], context.SimpleQueue()
     for place in range(n): places.put(place)
-    with ProcessPoolExecutor(n, mp_context=context, initializer=_be_one_of, initargs=(n, gpus, places)) as pool:
+    with _share_cores(n), ProcessPoolExecutor(n, mp_context=context, initializer=_be_one_of, initargs=(n, gpus, places)) as pool:
         while running or (waiting and failure is None):
             while failure is None and len(running) < n:
                 job = next((j for j in waiting if _is_free(j, running.values())), None)
