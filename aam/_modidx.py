@@ -940,6 +940,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.start.fit_start': ('start.html#fit_start', 'aam/start.py'),
                            'aam.start.network_loss': ('start.html#network_loss', 'aam/start.py'),
                            'aam.start.network_outputs': ('start.html#network_outputs', 'aam/start.py'),
+                           'aam.start.shallower': ('start.html#shallower', 'aam/start.py'),
                            'aam.start.skill': ('start.html#skill', 'aam/start.py'),
                            'aam.start.skill_of': ('start.html#skill_of', 'aam/start.py'),
                            'aam.start.start_share': ('start.html#start_share', 'aam/start.py'),

@@ -22,7 +22,7 @@ from aam.config import InputOptions
 from aam.inputs import read_inputs
 from aam.linear import fit_linear, known_asvs, linear_features
 from aam.metadata import class_targets, numeric_targets
-from aam.start import fit_networks, fit_start, network_outputs
+from aam.start import fit_networks, fit_start, network_outputs, shallower
 from aam.table import make_table
 
 tasks = { # folder, column, classes, group, where
@@ -36,7 +36,7 @@ tasks = { # folder, column, classes, group, where
     'temperature by fish': ('mackerel_body_site', 'water_temp_c', False, 'host_id', {}),
     'site by fish': ('mackerel_body_site', 'body_site', True, 'host_id', {}),
 }
-recipes = {'as it is': {}, '30 epochs': dict(epochs=30), '120 epochs': dict(epochs=120), 'dropout 0': dict(dropout=0.), 'dropout 0.5': dict(dropout=0.5)}
+recipes = {'as it is': {}, 'all reads': dict(least=None), 'from 10 reads': dict(least=10), 'from 1000 reads': dict(least=1000), '30 epochs': dict(epochs=30), '120 epochs': dict(epochs=120), 'dropout 0': dict(dropout=0.), 'dropout 0.5': dict(dropout=0.5)}
 
 def read(folder:Path, column:str, classes:bool, where:dict):
     "Samples with a value of the target."
@@ -59,9 +59,10 @@ def linear(table, z, rest, test, groups, classes:int):
     weights, bias, _ = fit_linear(linear_features(table, rest, known), z[rest], classes, groups[rest])
     return linear_features(table, test, known) @ weights + bias
 
-def network(table, z, rest, test, classes:int, **how):
+def network(table, z, rest, test, classes:int, least:int=100, **how):
     known = known_asvs(table, rest)
-    return network_outputs(fit_networks(linear_features(table, rest, known), z[rest], np.ones((1, len(rest))), classes, **how), linear_features(table, test, known))[0]
+    def drawn(rng): return linear_features(shallower(table, rest, rng, least), range(len(rest)), known)
+    return network_outputs(fit_networks(linear_features(table, rest, known), z[rest], np.ones((1, len(rest))), classes, drawn=drawn if least else None, **how), linear_features(table, test, known))[0]
 
 def start(table, z, rest, test, groups, classes:int, said:list):
     found, _ = fit_start(table, rest, z[rest], classes, known_asvs(table, rest), groups[rest])

@@ -298,7 +298,7 @@ def write_page(study):
     texts = ['# Study\n\nWritten by `python benchmarks/study.py` from `results.jsonl`; tasks, folds and options are in `tasks.json`. ' + f'{fits} fits, {hours:.1f} hours of fitting, side by side.',
              'The best baseline is in each fold the method with the best score in the *inner* cross-validation. Intervals: Nadeau and Bengio (2003) over folds; p: signs of whole groups flipped. '
              'The aim: better than the best baseline with an interval above 0 on two of the four primary tasks, and within 0.03 accuracy or 0.05 R2 of it by the lower end of the interval on the others.',
-             'The share of the start in a prediction was changed after the fits whose records have a `start_share`: their test predictions are computed anew from those of the two parts (class probabilities to within 0.04, values to within 0.001), the share as it was following from them. The new rule was chosen with these very predictions, see the notebook about the start. What stacks trees on aam was fitted with the share as it was.',
+             *([study.tasks['note']] if 'note' in study.tasks else []),
              main_page(study), pretraining_page(study)]
     if 'repeats' in study.tasks['parts']: texts.insert(-1, repeats_page(study))
     if 'ablations' in study.tasks['parts']: texts.append(variants_page(study, 'ablations', 'Ablations'))
