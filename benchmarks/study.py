@@ -1,6 +1,7 @@
 """Is aam better than the best baseline, what does each of its parts bring, and does pre-training save labels?
 
     python benchmarks/study.py --data ../shared/data --part main --jobs 8 --minutes 25
+    python benchmarks/study.py --data ../shared/data --part main ablations labels repeats --jobs 32 --minutes 25 # all, in this order
     python benchmarks/study.py --data ../shared/data --part main --what baselines      # no GPU needed
     python benchmarks/study.py --data ../shared/data --page                            # only writes the page again
 
@@ -142,12 +143,12 @@ class Study:
         jobs, cell_of, begun = [], {}, set()
         kinds = args.what.split(',')
         for kind in [k for k in ('aam', 'baselines') if k in kinds]: # a GPU does not wait for forests
-            for cell in self.part(args.part):
+            for cell in [cell for part in args.part for cell in self.part(part)]:
                 if args.only and cell.task not in args.only.split(','): continue
-                if kind == 'baselines' and cell.stamps['baselines'] in begun: continue # variants share them
-                if kind == 'baselines': begun.add(cell.stamps['baselines'])
                 for job in cell.jobs([kind], self.records):
-                    cell_of[job.key, job.folder] = cell
+                    fit = cell.task, cell.stamps[kind], job.key # which cells share
+                    if fit in begun: continue
+                    begun.add(fit); cell_of[job.key, job.folder] = cell
                     jobs.append(job)
         print(f'{len(jobs)} fits to do', flush=True)
         def expected(job): return max(took.get(job.kind, [self.tasks['guess_seconds'][job.kind]]))
@@ -198,7 +199,7 @@ def main_page(study) -> str:
                         'All methods (accuracy or R2):', markdown(['method', *(c.task for c, _ in all_rows)], table)])
 
 def repeats_page(study) -> str:
-    "The first tasks, with the samples dealt into folds several times."
+    "Tasks whose samples are dealt into folds several times, with the repeats that are finished."
     lines = []
     for cell in study.part('repeats'):
         found, score = cell.finished(study.records), cell.evaluation.score
@@ -312,7 +313,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, default=Path('../shared/data')); p.add_argument('--tasks', type=Path, default=here/'tasks.json')
     p.add_argument('--results', type=Path, default=here); p.add_argument('--work', type=Path, default=Path('runs/study'))
-    p.add_argument('--part', choices=['main', 'ablations', 'labels', 'repeats'], default='main'); p.add_argument('--what', default='aam,baselines'); p.add_argument('--only', help='tasks, separated by commas')
+    p.add_argument('--part', nargs='+', choices=['main', 'ablations', 'labels', 'repeats'], default=['main']); p.add_argument('--what', default='aam,baselines'); p.add_argument('--only', help='tasks, separated by commas')
     p.add_argument('--jobs', type=int, default=1); p.add_argument('--minutes', type=float, default=1e6); p.add_argument('--device', default='auto'); p.add_argument('--page', action='store_true')
     args = p.parse_args()
     logging.getLogger('aam').setLevel(logging.ERROR) # each cell would say what it reads; the fits' own logs are in --work
