@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.nn.modules import module as hooks
 
-from aam.checkpoint import load_checkpoint
+from aam.checkpoint import load_checkpoint, save_checkpoint
 from aam.cli import load_command, main, run_command
 from aam.config import AamError, TrainingOptions, command_parser
 from aam.encoder import Encoder, NucleotideEncoder
@@ -447,7 +447,8 @@ def test_frozen_encoder_costs_one_pass(runs, place, tmp_path):
 @pytest.fixture(scope='module')
 def predicted(runs, place, tmp_path_factory):
     folder = tmp_path_factory.mktemp('predict')
-    model = runs('train', 'base').folder/'checkpoints'/'best_model.pt'
+    model = folder/'model.pt' # in which both parts of a prediction count
+    save_checkpoint(runs('train', 'base').files.best | dict(share=.5), model)
     def predicted(name, *words):
         watch = Watch().run('predict', *place('--table SURVEY/table.biom'), '--model', model, '--output', folder/name, *words)
         return watch, pd.read_csv(folder/name, sep='\t', index_col=0)
