@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from aam.config import build_options
-from aam.comparison import aam_name, compare_methods, difference, gather, sample_scores, score_names, stacked_name, training_means
+from aam.comparison import aam_name, compare_methods, difference, gather, part_names, sample_scores, score_names, stacked_name, training_means
 from aam.fits import add_record, make_jobs, movable, read_records, record_key, run_jobs
 from aam.folds import Evaluation, option_groups
 from aam.metadata import read_metadata
@@ -220,20 +220,24 @@ def pretraining_page(study) -> str:
 
 def cell_score(row): return 'accuracy' if 'accuracy' in row else 'r2'
 
-def variants_page(study, part:str, title:str) -> str:
-    "Each variant beside the first, which has everything on."
+def variants_table(study, part:str, method:str) -> str:
+    "Scores of `method` in each variant beside the first, which has everything on."
     cells, plan, lines = study.part(part), study.tasks['parts'][part], []
     base = next(iter(plan['variants']))
+    def each(cell): return cell.each(method if cell.options['target'].linear_start else aam_name) # without a start there is one part
     for variant in plan['variants']:
         line = [variant]
         for task in plan['tasks']:
             whole, cell = (next(c for c in cells if (c.task, c.variant) == (task, v)) for v in (base, variant))
-            ours, theirs = cell.each(aam_name), whole.each(aam_name)
+            ours, theirs = each(cell), each(whole)
             line.append(shown(None if ours is None else ours.mean()))
             line.append('' if variant == base else with_interval(None if ours is None or theirs is None else difference(cell.evaluation, theirs, ours)))
         lines.append(line)
-    head = ['variant', *(h for task in plan['tasks'] for h in (task, f'{base} - variant (95 %)'))]
-    return f'## {title}\n\n' + markdown(head, lines) + f"\n\nA difference above 0 means that what the variant lacks helps. {plan['folds']} folds."
+    return markdown(['variant', *(h for task in plan['tasks'] for h in (task, f'{base} - variant (95 %)'))], lines)
+
+def variants_page(study, part:str, title:str) -> str:
+    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {study.tasks['parts'][part]['folds']} folds. What aam predicts:", variants_table(study, part, aam_name),
+                        'What it learnt from sequences, by itself:', variants_table(study, part, part_names['sequences'])])
 
 def labels_page(study) -> str:
     plan, texts = study.tasks['parts']['labels'], []
