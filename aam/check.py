@@ -14,7 +14,7 @@ __all__ = ['subject_words', 'sections', 'CheckOptions', 'Report', 'catch_warning
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from .config import (AamError, CategoryOptions, EncoderOptions, InputOptions, Number, Options, SplitOptions, TargetOptions, build_options, choice, command,
+from .config import (AamError, CategoryOptions, EncoderOptions, InputOptions, Number, Options, Seed, SplitOptions, TargetOptions, build_options, choice, command,
                         device_names, option_name, preset_names, target_transform_names, unifrac_options, unifrac_source)
 
 # %% ../nbs/37_check.ipynb #705a53f2
@@ -31,7 +31,7 @@ class CheckOptions(Options):
     technical_columns:str=None # metadata columns about the laboratory, separated by commas (without it: those whose names say run, plate, batch, lane, center, prep, ...)
     json:bool=False # print one JSON document instead of the report
     preset:choice(preset_names)=None # as for train: small, medium or large
-    seed:int=42 # seed of the split, as for train
+    seed:Seed=42 # seed of the split, as for train
     batch_size:Number(int, 1)=8 # samples in a batch, for the estimate of time and memory
     epochs:Number(int, 1)=100 # likewise
     gradient_checkpointing:bool=True # likewise

@@ -6,14 +6,14 @@
 __all__ = ['asv_sampling_names', 'target_transform_names', 'unifrac_head_names', 'optimizer_names', 'scheduler_names',
            'precision_names', 'compile_names', 'share_names', 'mask_strategy_names', 'unifrac_metric_names',
            'fusion_names', 'loss_type_names', 'output_activation_names', 'class_weight_names', 'best_metric_names',
-           'device_names', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help', 'scheduler_options',
-           'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted', 'progress_bar', 'launched',
-           'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths', 'parse_json', 'option_name', 'Options',
-           'as_number', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions', 'unifrac_options',
-           'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes', 'check_start',
-           'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions', 'ParallelOptions',
-           'RunOptions', 'field_comments', 'command', 'build_options', 'command_parser', 'parse_command',
-           'option_table']
+           'device_names', 'Seed', 'parsers', 'Required', 'RequiredText', 'Flag', 'categorical_help',
+           'scheduler_options', 'preset_names', 'presets', 'started', 'AamError', 'nearest', 'Interrupted',
+           'progress_bar', 'launched', 'Bounds', 'Number', 'choice', 'parse_numbers', 'parse_widths', 'parse_json',
+           'option_name', 'Options', 'as_number', 'check_value', 'InputOptions', 'SplitOptions', 'EncoderOptions',
+           'unifrac_options', 'unifrac_source', 'LossOptions', 'TargetOptions', 'HeadOptions', 'check_classes',
+           'check_start', 'check_losses', 'check_scale', 'split_names', 'CategoryOptions', 'TrainingOptions',
+           'ParallelOptions', 'RunOptions', 'field_comments', 'command', 'build_options', 'command_parser',
+           'parse_command', 'option_table']
 
 # %% ../nbs/00_config.ipynb #d4a4df5a
 import argparse, ast, difflib, functools, inspect, json, os, sys, time
@@ -80,6 +80,8 @@ def Number(kind, low=None, high=None):
     "Annotation of a number between `low` and `high`."
     return Annotated[kind, Bounds(low, high)]
 
+Seed = Number(int, 0, 2**32 - 1) # what numpy and scikit-learn take
+
 def choice(names, alone=None):
     "Annotation of one of `names`; the option by itself stands for `alone`."
     return Annotated[str, dict(choices=list(names)) | ({} if alone is None else dict(nargs='?', const=alone))]
@@ -133,7 +135,7 @@ class Options:
 
 def as_number(name, value, kind):
     "`value` as an int or a float: `lr=0` and `batch_size=8.` are meant well."
-    wanted = f"{option_name(name)} {value}: must be a {'whole ' if kind is int else ''}number"
+    wanted = f"{option_name(name)} {value!r}: must be a {'whole ' if kind is int else ''}number"
     if isinstance(value, (str, bool)): raise AamError(wanted)
     try: number = kind(value)
     except (TypeError, ValueError, OverflowError): raise AamError(wanted) from None
@@ -462,7 +464,7 @@ class RunOptions(Options):
     "Run"
     output_dir:Required=None # folder for checkpoints, logs, scores and plots
     preset:choice(preset_names)=None # defaults for another size: small for a few hundred samples; medium and large as in the guide
-    seed:int=42 # seed of split, weights, masks and order
+    seed:Seed=42 # seed of split, weights, masks and order
     overwrite:bool=False # replace the run that the folder holds
     resume_from:Path=None # continue a run: its folder, a checkpoint file, or 'auto' (the output folder, if it holds a run)
     save_every_steps:Number(int, 1)=None # save the state of training also within an epoch, after as many optimizer steps

@@ -10,7 +10,7 @@ __all__ = ['option_groups', 'input_files', 'EvaluationOptions', 'given_options',
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from .config import (AamError, CategoryOptions, EncoderOptions, Flag, HeadOptions, InputOptions, LossOptions, Number, Options, ParallelOptions, Required, TargetOptions, TrainingOptions,
+from .config import (AamError, CategoryOptions, EncoderOptions, Flag, HeadOptions, InputOptions, LossOptions, Number, Options, ParallelOptions, Required, Seed, TargetOptions, TrainingOptions,
                         build_options, choice, nearest, parse_json, preset_names, split_names, unifrac_source)
 
 # %% ../nbs/40_folds.ipynb #34e00007
@@ -31,7 +31,7 @@ class EvaluationOptions(Options):
     n_estimators:Number(int, 1)=500 # trees of the forests among the baselines; a fifth of them while variants are chosen
     jobs:Number(int, 1)=1 # fits side by side, on one GPU or one CPU
     preset:choice(preset_names)='small' # defaults by size, as for train
-    seed:int=42 # seed of the folds; fits count on from it
+    seed:Seed=42 # seed of the folds; fits count on from it
     overwrite:bool=False # replace the evaluation that the folder holds
 
     def check(self):

@@ -12,7 +12,7 @@ import logging, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import AamError, InputOptions, Number, Options, Required, RequiredText, SplitOptions, TargetOptions, command
+from .config import AamError, InputOptions, Number, Options, Required, RequiredText, Seed, SplitOptions, TargetOptions, command
 
 # %% ../nbs/36_rf_baseline.ipynb #459086f5
 log = logging.getLogger('aam')
@@ -32,7 +32,7 @@ class ForestOptions(Options):
     "Random Forest"
     n_estimators:Number(int, 1)=500 # trees
     max_features:str='sqrt' # ASVs tried at each branching: sqrt, log2, all, a number, or a share such as 0.3
-    random_seed:Number(int, 0, 2**32 - 1)=42 # seed of the forest
+    random_seed:Seed=42 # seed of the forest
     n_jobs:Number(int, -1)=-1 # processor cores to use; -1: all
 
     def check(self):
@@ -51,7 +51,7 @@ class BaselineOptions(Options):
     classifier:bool=False # predict classes, also where all values of the column are numbers
     rarefy_depth:Number(int, 1)=None # reads per sample, as for train; samples with fewer are dropped (without it: the depth train chooses, and none is dropped)
     rarefy_seed:int=42 # seed of the rarefaction, as for train
-    seed:int=42 # seed of the split, as for train
+    seed:Seed=42 # seed of the split, as for train
     overwrite:bool=False # replace existing output
 
     @property

@@ -237,6 +237,7 @@ def simulate(
     "Write a simulated survey: table, tree, UniFrac, Faith's diversities, metadata and a list of held-out samples."
     if subjects < 5 or samples < subjects: raise AamError(f'--samples {samples} --subjects {subjects}: at least 5 subjects and a sample of each are needed')
     if asvs < 10: raise AamError(f'--asvs {asvs}: at least 10 are needed')
+    if seed < 0: raise AamError(f'--seed {seed}: must be at least 0')
     paths = {option: Path(output_dir)/name for option, name in file_names.items()}
     there = [path.name for path in paths.values() if path.exists()]
     if there and not overwrite: raise AamError(f'--output-dir {output_dir}: holds {there[0]} already; choose another folder or add --overwrite')
