@@ -1042,6 +1042,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aam.trainer.Training': ('trainer.html#training', 'aam/trainer.py'),
                              'aam.trainer.Training.__post_init__': ('trainer.html#training.__post_init__', 'aam/trainer.py'),
                              'aam.trainer.Training.load_state_dict': ('trainer.html#training.load_state_dict', 'aam/trainer.py'),
+                             'aam.trainer.Training.next_epoch': ('trainer.html#training.next_epoch', 'aam/trainer.py'),
                              'aam.trainer.Training.state_dict': ('trainer.html#training.state_dict', 'aam/trainer.py'),
                              'aam.trainer.Training.steps_per_epoch': ('trainer.html#training.steps_per_epoch', 'aam/trainer.py'),
                              'aam.trainer.Training.total_steps': ('trainer.html#training.total_steps', 'aam/trainer.py'),

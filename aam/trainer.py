@@ -104,6 +104,7 @@ class Training:
     def steps_per_epoch(self): return -(-len(self.train) // self.options.gradient_accumulation_steps)
     @property
     def total_steps(self): return self.steps_per_epoch * self.options.epochs
+    def next_epoch(self): self.epoch, self.progress = self.epoch + 1, Progress()
 
     _counters = 'epoch', 'step', 'best', 'best_epoch', 'waited', 'rate'
     _parts = 'model', 'optimizer', 'average', 'schedule', 'scaler', 'progress'
@@ -277,7 +278,7 @@ def fit(t:Training,
         while t.epoch < t.options.epochs and t.waited < t.options.patience:
             trained = train_epoch(t, mode, record, told, save_every, save_last)
             scores = judge(t.epoch + 1)
-            t.epoch, t.progress = t.epoch + 1, Progress()
+            t.next_epoch()
             t.schedule.watch(scores['val_loss'])
             line = {f'train_{k}' if k not in ('seconds', 'waited', 'lr', 'peak_memory_gb') else k: x for k, x in trained.items()} | scores
             if record: record.epoch(line, t.epoch, t.step)

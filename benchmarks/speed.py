@@ -187,7 +187,7 @@ def epochs(size, device, frozen, data, **options) -> dict:
     t = Training(model, Objective(dict.fromkeys(tasks, 1.), target_deviation=torch.ones(1), unifrac_variance=0.01), plan, plan, o, device=device)
     found = []
     for _ in range(2 + (4 if device == 'cuda' else 1)):
-        found.append(train_epoch(t, 'regression')); t.epoch += 1
+        found.append(train_epoch(t, 'regression')); t.next_epoch()
     best = min(found[2:], key=lambda line: line['seconds'])
     return dict(seconds=best['seconds'], waited=best['waited'])
 
