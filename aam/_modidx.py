@@ -942,7 +942,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.start.network_outputs': ('start.html#network_outputs', 'aam/start.py'),
                            'aam.start.shallower': ('start.html#shallower', 'aam/start.py'),
                            'aam.start.skill': ('start.html#skill', 'aam/start.py'),
-                           'aam.start.skill_of': ('start.html#skill_of', 'aam/start.py'),
                            'aam.start.start_share': ('start.html#start_share', 'aam/start.py'),
                            'aam.start.unexplained': ('start.html#unexplained', 'aam/start.py')},
             'aam.states': { 'aam.states.KeptStates': ('states.html#keptstates', 'aam/states.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'AsvNetworks', 'network_loss', 'shallower', 'fit_networks', 'network_outputs', 'Start', 'fit_start',
-           'unexplained', 'skill', 'skill_of', 'start_share']
+           'unexplained', 'skill', 'start_share']
 
 # %% ../nbs/10_start.ipynb #10aa0004
 import numpy as np
@@ -214,13 +214,11 @@ def unexplained(
     return float(log_loss(predicted)/max(log_loss(np.tile(shares, (len(actual), 1))), 1e-12))
 
 def skill(
-    predicted:np.ndarray, # (N, O), or probabilities (N, classes)
-    actual:np.ndarray, # (N, O), NaN missing; or classes (N,), -1 missing
+    loss:float, # over that of guessing
+    samples:int, # that it is the mean of
 ) -> float:
-    "How many times smaller the loss is than that of the mean, or of the class shares, of `actual`, less 1; at least 0."
-    return skill_of(unexplained(predicted, actual))
-
-def skill_of(unexplained:float) -> float: return max(0., 1/max(unexplained, 1e-6) - 1)
+    "How many times smaller the loss is than that of guessing, less 1, were one more sample guessed; at least 0."
+    return max(0., (samples + 1)/(samples*loss + 1) - 1)
 
 def start_share(
     learnt:np.ndarray, # predictions of the transformer
@@ -231,5 +229,6 @@ def start_share(
 ) -> float:
     "Share of the start in a prediction."
     n = len(actual)
-    start, learnt = 10*skill_of((n*unexplained(start, actual) + judged*left_out)/(n + judged))**2, skill(learnt, actual)**2
+    both = (n*unexplained(start, actual) + judged*left_out)/(n + judged)
+    start, learnt = 10*skill(both, n + judged)**2, skill(unexplained(learnt, actual), n)**2
     return start/(start + learnt) if start + learnt else 1.

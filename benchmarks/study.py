@@ -8,7 +8,7 @@
 Tasks, folds, seeds, variants and label shares are in `study/tasks.json`. Folds, baselines and statistics are those of `aam evaluate`.
 Each finished fit is a line of `study/results.jsonl`; what is there is not fitted again, unless its options have changed, or
 `recipe` in the tasks, which is to be raised when the same options mean another model. A fit is only
-started if it should end within `--minutes`. `study/results.md` and its pictures are written at the end; what is missing is "not run".
+started if it should end within `--minutes`. `study/results.md`, its pictures and `scores.json`, which the docs draw, are written at the end; what is missing is "not run".
 `--results FOLDER` writes elsewhere, going on from what `study/` holds. Files of runs and encoders go to `--work`.
 """
 import argparse, hashlib, json, logging, shutil, time
@@ -242,16 +242,27 @@ def variants_page(study, part:str, title:str) -> str:
 def labels_page(study) -> str:
     plan, texts = study.tasks['parts']['labels'], []
     cells = {(c.task, c.variant, c.share): c for c in study.part('labels')}
+    variants, full = [*plan['variants']], plan['shares'][0]
+    def mean(cell, method): return None if (each := cell.each(method)) is None else each.mean()
     for task in plan['tasks']:
-        rows = []
-        for share in sorted(plan['shares']):
-            line = [f'{100*share:g} %']
-            for v in plan['variants']: line.append(shown(None if (each := cells[task, v, share].each(aam_name)) is None else each.mean()))
-            base = cells[task, next(iter(plan['variants'])), share].each('best baseline')
-            rows.append([*line, shown(None if base is None else base.mean())])
-        score = score_names[cells[task, next(iter(plan['variants'])), plan['shares'][0]].evaluation.score]
-        texts.append(f'{task}, {score}:\n\n' + markdown(['labels', *plan['variants'], 'best baseline'], rows))
+        rows = [[f'{100*share:g} %', *(shown(mean(cells[task, v, share], method)) for method in (aam_name, part_names['sequences']) for v in variants), shown(mean(cells[task, variants[0], share], 'best baseline'))] for share in sorted(plan['shares'])]
+        score = score_names[cells[task, variants[0], full].evaluation.score]
+        texts.append(f'{task}, {score}:\n\n' + markdown(['labels', *variants, *(f'{v}: sequences by itself' for v in variants), 'best baseline'], rows))
     return '\n\n'.join(['## Labels', *texts, '![](labels.png)'])
+
+def numbers(study) -> dict:
+    "The scores of the page, for the docs: one row for each task (and repeat count), variant, or share of the labels."
+    def row(cell, methods):
+        found = dict(task=cell.task, score=score_names[cell.evaluation.score])
+        return found | {m: float(f'{each.mean():.4f}') for m in methods if (each := cell.each(m)) is not None}
+    def compared(cell):
+        keep = lambda r: {k: r[k] and float(f'{r[k]:.4f}') for k in ('difference', 'low', 'high', 'p') if k in r}
+        return dict(row(cell, list(cell.rows)), primary=bool(cell.about.get('primary')), compared={m: keep(cell.rows[m]) for m in (aam_name, stacked_name) if m in cell.rows})
+    ours = [aam_name, part_names['sequences']]
+    return dict(main=[compared(c) for c in study.part('main')],
+                repeats=[dict(compared(f), repeats=f.repeats) for c in study.part('repeats') if (f := c.finished(study.records))],
+                ablations=[dict(row(c, ours), variant=c.variant) for c in study.part('ablations')],
+                labels=[dict(row(c, [*ours, 'best baseline']), variant=c.variant, share=c.share) for c in study.part('labels')])
 
 def main_figure(study):
     "aam and aam + trees against the best baseline, with intervals."
@@ -296,7 +307,7 @@ def labels_figure(study):
     return figure
 
 def write_page(study):
-    "`results.md` and its pictures."
+    "`results.md` and its pictures, and the numbers for the docs."
     from aam.figures import save_figure
     fits = len(study.records)
     hours = sum(r['seconds'] for r in study.records)/3600
@@ -309,6 +320,7 @@ def write_page(study):
     if 'ablations' in study.tasks['parts']: texts.append(variants_page(study, 'ablations', 'Ablations'))
     if 'labels' in study.tasks['parts']: texts.append(labels_page(study))
     (study.args.results/'results.md').write_text('\n\n'.join(texts) + '\n')
+    (study.args.results/'scores.json').write_text('{\n' + ',\n'.join(f'"{part}": [\n' + ',\n'.join(map(json.dumps, rows)) + ']' for part, rows in numbers(study).items()) + '}\n')
     save_figure(main_figure(study), study.args.results/'main.png')
     if 'labels' in study.tasks['parts']: save_figure(labels_figure(study), study.args.results/'labels.png')
     print(f"{study.args.results/'results.md'}")
