@@ -305,6 +305,34 @@ def test_one_process_goes_on_with_ddp(aam, survey, alone, tmp_path):
     assert (trained/'val_predictions.tsv').exists() and len((tmp_path/'predicted.tsv').read_text().splitlines()) == 49
 
 
+def follow_strategies(aam, survey, tmp_path, device):
+    "Two ranks by FSDP, two by DDP, all GPUs of one process, and one: an epoch each of the curve of one process. The saved encoder is then trained on by FSDP."
+    plain = ['--device', device, '--mixed-precision', 'none']
+    alone, folder, trained = tmp_path/'alone', tmp_path/'run', tmp_path/'trained'
+    aam(*pretrain(aam, survey, alone, '--batch-size', 8, '--epochs', 4, *plain))
+    ranks = lambda *words: finish(start(aam, *torchrun, 2, '-m', 'aam.cli', *words, *plain))
+    ranks(*pretrain(aam, survey, folder, '--batch-size', 4, '--epochs', 1, '--fsdp'))
+    assert (folder/'checkpoints'/'last.dcp').is_dir()
+    ranks(*pretrain(aam, survey, folder, '--epochs', 2, '--resume-from', 'auto', '--distributed'))
+    aam(*pretrain(aam, survey, folder, '--epochs', 3, '--resume-from', 'auto', '--data-parallel', *plain))
+    aam(*pretrain(aam, survey, folder, '--epochs', 4, '--resume-from', 'auto', *plain))
+    expect_same_curve(folder, alone, 2e-4 if device == 'cpu' else 2e-3)
+    tiny = ' '.join(aam.tiny).replace('--batch-size 8', '--batch-size 4').replace('--device cpu', '').split()
+    ranks('train', '--table', survey/'table.biom', '--tree', survey/'tree.nwk', '--metadata', survey/'metadata.tsv', '--metadata-column', 'soil_ph', '--output-dir', trained, *tiny, '--epochs', 2,
+          '--pretrained-encoder', folder/'checkpoints'/'best_model.pt', '--fsdp')
+    aam('predict', '--model', trained/'checkpoints'/'best_model.pt', '--table', survey/'table.biom', '--output', tmp_path/'predicted.tsv', '--device', 'cpu')
+    assert len((tmp_path/'predicted.tsv').read_text().splitlines()) == 49
+
+
+@pytest.mark.slow
+def test_strategies_follow_one_another(aam, survey, tmp_path): follow_strategies(aam, survey, tmp_path, 'cpu')
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() != 2, reason='needs two GPUs')
+def test_strategies_follow_one_another_on_gpus(aam, survey, tmp_path): follow_strategies(aam, survey, tmp_path, 'cuda')
+
+
 def test_one_process_says_so(aam, survey, alone, tmp_path, caplog):
     "A strategy that is asked for trains in one process as if it had not been."
     said = aam(*pretrain(aam, survey, tmp_path/'run', '--batch-size', 8, '--epochs', 1, '--fsdp')).err
