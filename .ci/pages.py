@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-pages = ["getting_started.ipynb", "guide.ipynb", "how_it_works.ipynb", "how_fast.ipynb", *sorted(f"tutorials/{p.name}" for p in (root / "nbs/tutorials").glob("*.ipynb"))]
+pages = ["getting_started.ipynb", "guide.ipynb", *sorted(str(p.relative_to(root / "nbs")) for pattern in ("how_*.ipynb", "tutorials/*.ipynb") for p in (root / "nbs").glob(pattern))]
 
 
 def run(path: Path):

@@ -254,9 +254,9 @@ def numbers(study) -> dict:
     "The scores of the page, for the docs: one row for each task (and repeat count), variant, or share of the labels."
     def row(cell, methods):
         found = dict(task=cell.task, score=score_names[cell.evaluation.score])
-        return found | {m: float(f'{each.mean():.4f}') for m in methods if (each := cell.each(m)) is not None}
+        return found | {m: round(float(each.mean()), 6) for m in methods if (each := cell.each(m)) is not None}
     def compared(cell):
-        keep = lambda r: {k: r[k] and float(f'{r[k]:.4f}') for k in ('difference', 'low', 'high', 'p') if k in r}
+        keep = lambda r: {k: r[k] and round(float(r[k]), 6) for k in ('difference', 'low', 'high', 'p') if k in r}
         return dict(row(cell, list(cell.rows)), primary=bool(cell.about.get('primary')), compared={m: keep(cell.rows[m]) for m in (aam_name, stacked_name) if m in cell.rows})
     ours = [aam_name, part_names['sequences']]
     return dict(main=[compared(c) for c in study.part('main')],
