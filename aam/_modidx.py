@@ -619,6 +619,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aam.layers.Block': ('layers.html#block', 'aam/layers.py'),
                             'aam.layers.Block.__init__': ('layers.html#block.__init__', 'aam/layers.py'),
                             'aam.layers.Block.forward': ('layers.html#block.forward', 'aam/layers.py'),
+                            'aam.layers.Block.means': ('layers.html#block.means', 'aam/layers.py'),
                             'aam.layers.Gelu': ('layers.html#gelu', 'aam/layers.py'),
                             'aam.layers.Gelu.forward': ('layers.html#gelu.forward', 'aam/layers.py'),
                             'aam.layers.RunningStandardise': ('layers.html#runningstandardise', 'aam/layers.py'),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import EncoderOptions, unifrac_head_names, unifrac_metric_names
-from .layers import AttentionPool, RunningStandardise, Stack, masked_mean, same
+from .layers import AttentionPool, RunningStandardise, Stack, same
 from .tokens import pad_id, vocab_size
 
 # %% ../nbs/12_encoder.ipynb #64395d5a
@@ -66,9 +66,10 @@ class NucleotideEncoder(nn.Module):
     def forward(self,
         tokens:Tensor, # nucleotide ids, (T, L)
         ragged:bool=True, # do rows differ in length?
-    ) -> Tensor: # (T, L, D)
+        in_full:int=None, # rows whose states are wanted, if of the others the mean is enough
+    ): # states (T, L, D); or, with `in_full`, means of all rows (T, D) and states of the first (in_full, L, D)
         torch._dynamo.maybe_mark_dynamic(tokens, 0)
-        return self.stack(self.bases(tokens), tokens != pad_id if ragged else None)
+        return self.stack(self.bases(tokens), tokens != pad_id if ragged else None, in_full)
 
 # %% ../nbs/12_encoder.ipynb #5619198b
 class AsvEncoder(nn.Module):
@@ -93,9 +94,9 @@ class AsvEncoder(nn.Module):
             size = self.chunk_size or rows
             for i in range(0, rows, size):
                 chunk = tokens[start + i:start + min(i + size, rows)]
-                states = self.nucleotides(chunk, ragged)
-                means.append(masked_mean(states, chunk != pad_id) if ragged else states.mean(1, dtype=torch.float32))
-                if i < masked: copies.append(states[:masked - i])
+                mean, states = self.nucleotides(chunk, ragged, min(max(masked - i, 0), len(chunk)))
+                means.append(mean)
+                if i < masked: copies.append(states)
             start += rows
         return torch.cat(means), torch.cat(copies) if copies else None
 
