@@ -402,8 +402,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aam.encoder.BaseEmbedding.forward': ('encoder.html#baseembedding.forward', 'aam/encoder.py'),
                              'aam.encoder.BaseEmbedding.windows': ('encoder.html#baseembedding.windows', 'aam/encoder.py'),
                              'aam.encoder.DistanceHead': ('encoder.html#distancehead', 'aam/encoder.py'),
-                             'aam.encoder.DistanceHead._load_from_state_dict': ( 'encoder.html#distancehead._load_from_state_dict',
-                                                                                 'aam/encoder.py'),
                              'aam.encoder.DistanceHead.predicted': ('encoder.html#distancehead.predicted', 'aam/encoder.py'),
                              'aam.encoder.DiversityHead': ('encoder.html#diversityhead', 'aam/encoder.py'),
                              'aam.encoder.DiversityHead.__init__': ('encoder.html#diversityhead.__init__', 'aam/encoder.py'),

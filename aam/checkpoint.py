@@ -18,7 +18,7 @@ from .distributed import Ranks, full
 from .predictor import Model
 
 # %% ../nbs/25_checkpoint.ipynb #cecd8288
-format_version = 1
+format_version = 2 # to be raised when the same options and weights mean another model
 
 def save_checkpoint(state:dict, path:Path, keep:int=1):
     "Writes `state` to `path` atomically; the last `keep` files of this name are kept (see `kept_checkpoints`)."
@@ -167,7 +167,9 @@ def load_checkpoint(path:Path, kinds=('pretrain', 'train'), part:str='weights') 
     state = read_shards(path) if shards else read_archive(path)
     if not isinstance(state, dict) or 'format' not in state or 'kind' not in state:
         raise AamError(f'{path}: not a checkpoint of aam; give the best_model.pt or last.pt of a run')
-    if state['format'] > format_version: raise AamError(f"{path}: written by a newer aam (format {state['format']}, this one reads {format_version}); update aam")
+    if state['format'] != format_version:
+        age, remedy = ('a newer', 'update aam') if state['format'] > format_version else ('an older', 'its model computes something else today: train again, or predict with that aam')
+        raise AamError(f"{path}: written by {age} aam (format {state['format']}, this one reads {format_version}); {remedy}")
     if state['kind'] not in kinds: raise AamError(f"{path}: holds a {state['kind']} checkpoint where one of {' or '.join(kinds)} is needed")
     if part not in state: raise AamError(f"{path}: holds {'the state of a run' if part == 'weights' else 'weights alone'}; give {'best_model.pt' if part == 'weights' else 'last.pt, or the folder of the run'}")
     return state
@@ -182,8 +184,7 @@ def describe_model(model:Model) -> dict:
                 weights={k: full(v.detach()).cpu().clone() for k, v in model.state_dict().items()})
 
 def build_model(state:dict, **memory) -> Model:
-    "The model that `state` describes, with its weights; raises `AamError` for a state whose paths were put together in another way."
-    if state['outputs'] and 'known' in state: raise AamError('this model was trained by an earlier aam, which put the parts of a prediction together in another way; train it again')
+    "The model that `state` describes, with its weights."
     categories = CategoryOptions(**state['categories']) if state.get('categories') else None
     model = Model(EncoderOptions(**state['encoder']), tuple(state['tasks']), state['outputs'], categories=categories, vocabulary=state.get('vocabulary'),
                   head=HeadOptions(**state['head']), quantiles=state['quantiles'], **memory)

@@ -410,7 +410,7 @@ class TrainingOptions(Options):
     scheduler_patience:Number(int, 1)=5 # plateau: epochs without improvement before the rate falls
     scheduler_factor:Number(float, 0.01, 0.99)=0.5 # plateau: what it falls to, as a share
     max_grad_norm:Number(float, 0)=1. # gradients are clipped to this norm; 0: not at all
-    average_decay:Number(float, 0, 0.99999)=0.99 # decay of the averaged weights that are validated and kept; 0: the latest weights
+    average_decay:Number(float, 0, 0.99999)=0. # decay of averaged weights, to validate and keep these; 0: the latest weights
     gradient_accumulation_steps:Number(int, 1)=1 # batches summed into one optimizer step
     gradient_checkpointing:Flag=True # recompute activations in the backward pass to save memory
     asv_chunk_size:Number(int, 0)=256 # ASVs encoded at a time; 0: all at once

@@ -176,10 +176,6 @@ class DistanceHead(nn.Module):
         "What is learnt of rows, from what `embed` gives of them: distances to `others`, or among each other."
         return self.distance(b, b if others is None else others)
 
-    def _load_from_state_dict(self, state, prefix, *how):
-        if f'{prefix}scale' in state: state[f'{prefix}scale'] = state[f'{prefix}scale'].reshape(1) # in older files a number
-        super()._load_from_state_dict(state, prefix, *how)
-
 class UnionHead(DistanceHead):
     "Distances as in unweighted UniFrac, over soft branches."
     def __init__(self, options:EncoderOptions, asv_width:int):

@@ -130,13 +130,13 @@ class RunningStandardise(nn.Module):
     @torch.no_grad()
     def update(self, everywhere=same): # sums of this process to sums of all that train together
         "Moves the statistics towards what was seen since the last update."
-        n, total, squares = everywhere(self.pending) # no value decides what is done: a GPU need not be waited for
-        shift = total / n.clamp_min(1)
-        variance = (squares / n.clamp_min(1) - shift.square()).clamp_min(0)
-        self.updates += n[0] > 1
-        k = (1/self.updates.clamp_min(1)).clamp_min(self.slowest) * (n > 1)
-        self.mean += k * shift
-        self.variance += k * (variance - self.variance)
+        seen = everywhere(self.pending) # no value decides what is done: a GPU need not be waited for
+        n, counts = seen[0], seen[0] > 1
+        shift, square = seen[1:] / n.clamp_min(1)
+        self.updates += counts[0]
+        k = self.updates.clamp_min(1).reciprocal().clamp_min(self.slowest) * counts
+        self.mean.addcmul_(k, shift)
+        self.variance.lerp_(torch.addcmul(square, shift, shift, value=-1).clamp_min(0), k)
         self.pending.zero_()
 
     @torch.no_grad()
@@ -150,5 +150,6 @@ def running_statistics(model:nn.Module) -> list:
     return [m for m in model.modules() if isinstance(m, RunningStandardise)]
 
 def update_statistics(model:nn.Module, everywhere=same):
-    "Updates every `RunningStandardise` of `model`; `everywhere` as in its `update`."
-    for m in running_statistics(model): m.update(everywhere)
+    "Updates every `RunningStandardise` of `model` that is in training mode; `everywhere` as in its `update`."
+    for m in running_statistics(model):
+        if m.training: m.update(everywhere)

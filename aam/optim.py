@@ -120,11 +120,11 @@ def like(x, own): # the same numbers, as a tensor or cut into shards
     return x if isinstance(x, DTensor) or not isinstance(own, DTensor) else distribute_tensor(x.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 class AveragedWeights:
-    "Exponential moving average of a model's floating-point state."
+    "Exponential moving average of a model's floating-point state; of nothing, if `decay` is 0."
     def __init__(self, model, decay:float):
         self.decay, self.steps = decay, 0
         fixed = {k for k, p in model.named_parameters() if not p.requires_grad}
-        self.live = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and k not in fixed} # the model's own tensors, listed once
+        self.live = {k: v for k, v in model.state_dict().items() if decay and v.is_floating_point() and k not in fixed} # the model's own tensors, listed once
         self.values = {k: v.clone() for k, v in self.live.items()}
         own = lambda tensors: [x.to_local() if isinstance(x, DTensor) else x for x in tensors.values()]
         self.pairs = own(self.values), own(self.live) # of a model in shards, this process's

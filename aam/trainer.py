@@ -120,8 +120,7 @@ class Training:
         saved['state'] = {i: {k: like(x.reshape(params[i].shape), params[i]) if k != 'step' and torch.is_tensor(x) else x for k, x in values.items()} for i, values in saved['state'].items()}
         own_weights = self.model.state_dict()
         saved = dict(state, optimizer=saved, model={k: like(x, own_weights[k]) for k, x in state['model'].items()})
-        for name in self._parts:
-            if name in saved: getattr(self, name).load_state_dict(saved[name]) # older files say nothing of `progress`
+        for name in self._parts: getattr(self, name).load_state_dict(saved[name])
         for group, settings in zip(self.optimizer.param_groups, own): group.update(settings) # the very tensors of the rates, which a recorded step reads
 
 # %% ../nbs/27_trainer.ipynb #e98708e8
