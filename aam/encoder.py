@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import EncoderOptions, unifrac_head_names, unifrac_metric_names
-from .layers import AttentionPool, RunningStandardise, Stack, same
+from .layers import AttentionPool, RunningStandardise, Stack, masked_mean, same
 from .tokens import pad_id, vocab_size
 
 # %% ../nbs/12_encoder.ipynb #64395d5a
@@ -66,10 +66,10 @@ class NucleotideEncoder(nn.Module):
     def forward(self,
         tokens:Tensor, # nucleotide ids, (T, L)
         ragged:bool=True, # do rows differ in length?
-        in_full:int=None, # rows whose states are wanted, if of the others the mean is enough
-    ): # states (T, L, D); or, with `in_full`, means of all rows (T, D) and states of the first (in_full, L, D)
+        mean:bool=False, # is the mean of the states enough?
+    ) -> Tensor: # states (T, L, D), or their means (T, D)
         torch._dynamo.maybe_mark_dynamic(tokens, 0)
-        return self.stack(self.bases(tokens), tokens != pad_id if ragged else None, in_full)
+        return self.stack(self.bases(tokens), tokens != pad_id if ragged else None, mean)
 
 # %% ../nbs/12_encoder.ipynb #5619198b
 class AsvEncoder(nn.Module):
@@ -91,14 +91,15 @@ class AsvEncoder(nn.Module):
         "Encodes token rows, group by group and chunk by chunk."
         means, copies, start = [], [], 0
         for rows, masked, ragged in groups:
-            size = self.chunk_size or rows
-            for i in range(0, rows, size):
-                chunk = tokens[start + i:start + min(i + size, rows)]
-                mean, states = self.nucleotides(chunk, ragged, min(max(masked - i, 0), len(chunk)))
-                means.append(mean)
-                if i < masked: copies.append(states)
+            copied, others = tokens[start:start + rows].split([masked, rows - masked])
+            for chunk in self.chunks(copied):
+                copies.append(self.nucleotides(chunk, ragged))
+                means.append(masked_mean(copies[-1], chunk != pad_id if ragged else None))
+            means += [self.nucleotides(chunk, ragged, mean=True) for chunk in self.chunks(others)]
             start += rows
         return torch.cat(means), torch.cat(copies) if copies else None
+
+    def chunks(self, tokens:Tensor): return tokens.split(self.chunk_size or len(tokens)) if len(tokens) else ()
 
     def vectors(self, means:Tensor, token_row:Tensor, kmers:Tensor) -> Tensor: # (T, D), (U,), (U, Lk) -> (U, D + kmer_dim)
         "ASV vectors before they are standardised."

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import CategoryOptions, EncoderOptions, HeadOptions, output_activation_names
 from .encoder import Encoder, NucleotideHead, unifrac_heads
 from .fusion import Conditioning
-from .layers import AttentionPool, RunningStandardise, same
+from .layers import AttentionPool, RunningStandardise, same, weighted_sum
 
 # %% ../nbs/14_predictor.ipynb #69e32b00
 class CountHead(nn.Module):
@@ -191,8 +191,8 @@ class TargetHead(nn.Module):
             categories = self.conditioning.unknown(categories)
             x = replace(x, states=self.conditioning.fuse(x.states, x.mask, categories))
         counts = x.abundance.any(1) # a sample without reads fills up a part of a batch
-        weight = x.abundance[..., None] / x.abundance.square().sum(1).sqrt().clamp_min(1e-6)[:, None, None]
-        pooled = torch.cat([self.pool(x.states, x.mask), (x.states * weight).sum(1)], -1)
+        weight = x.abundance / x.abundance.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)
+        pooled = torch.cat([self.pool(x.states, x.mask), weighted_sum(weight, x.states)], -1)
         out = self.deep(self.pooled_standardise(pooled, counts)).float()
         if self.wide is not None:
             sums = self.sums_dropout(self.sums_standardise(x.sums.flatten(1), counts).unflatten(1, (2, -1)))

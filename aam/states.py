@@ -78,7 +78,7 @@ class KeptStates:
         self.place = {sample: k for k, sample in enumerate(richest.tolist())}
         asked = dict(target=self.data.target, categories=self.data.categories)
         self.asked = {name: torch.from_numpy(x[richest]).to(states.device) for name, x in asked.items() if x is not None}
-        self.drawn = None, None # epoch and its order, as places in the store
+        self.ids, self.drawn = [self.data.table.sample_ids[i] for i in richest], None
 
     def __len__(self): return len(self.plan)
     def close(self): self.plan.close()
@@ -89,12 +89,14 @@ class KeptStates:
     def batch(self, epoch:int, k:int) -> Batch:
         "Batch `k` of `epoch`, the same samples as the plan's."
         here = slice(k*self.plan.batch_size, (k + 1)*self.plan.batch_size)
-        samples = self.plan.order(epoch)
-        if self.drawn[0] != epoch: self.drawn = epoch, torch.tensor([self.place[i] for i in samples.tolist()], device=self.store.states.device)
-        places, lengths = self.drawn[1][here], [self.length[self.place[i]] for i in samples[here].tolist()]
-        states = Stored(self.store, places, max(1, *lengths))
+        if self.drawn is None or self.drawn[0] != epoch:
+            numbers = [self.place[i] for i in self.plan.order(epoch).tolist()] # in the store
+            k_drawn = torch.tensor(numbers, device=self.store.states.device)
+            self.drawn = epoch, numbers, k_drawn, {name: x[k_drawn] for name, x in self.asked.items()}
+        numbers, k_here = self.drawn[1][here], self.drawn[2][here]
+        lengths = [self.length[i] for i in numbers]
         near = self.store.states.device.type == self.device
-        batch = Batch([self.data.table.sample_ids[i] for i in samples[here]], ('target',), (), *[None]*7, asvs_read=sum(lengths), states=states,
-                      **{name: x[places] for name, x in self.asked.items()})
+        batch = Batch([self.ids[i] for i in numbers], ('target',), (), *[None]*7, asvs_read=sum(lengths), states=Stored(self.store, k_here, max(1, *lengths)),
+                      **{name: x[here] for name, x in self.drawn[3].items()})
         if self.plan.deal is not None: batch = take_part(batch, self.plan.deal)
         return batch if near else replace(batch, states=batch.states.open()).pin_memory()

@@ -22,7 +22,7 @@ from .encoder import BaseEmbedding
 from .fusion import observed
 from .graphs import Graphed, Replay, leaves_room
 from .losses import Objective
-from .monitor import Meter, Record, progress_text
+from .monitor import Meter, Record, fetched, progress_text
 from .layers import Block, update_statistics
 from .metrics import is_better
 from .optim import AveragedWeights, Schedule, like, make_optimizer
@@ -202,10 +202,10 @@ def validate(
 # %% ../nbs/27_trainer.ipynb #42a38b7c
 def check_finite(pending:list, ranks:Ranks=single):
     "Raises `AamError` for the first loss that is not a finite number, on any rank."
-    losses = torch.tensor([float(loss) for _, _, loss in pending])
-    for (step, ids, own), loss in zip(pending, ranks.sum(losses.clone()).tolist()):
+    losses = torch.tensor(fetched([loss for _, _, loss in pending]))
+    for (step, ids, _), own, loss in zip(pending, losses.tolist(), ranks.sum(losses.clone()).tolist()):
         if not math.isfinite(loss):
-            ids = ranks.lists([] if math.isfinite(float(own)) else ids)
+            ids = ranks.lists([] if math.isfinite(own) else ids)
             raise AamError(f"loss is {loss} at step {step}, samples {', '.join(filter(None, ids))}: lower --lr, or look at these samples; the last good state is in last.pt")
     pending.clear()
 

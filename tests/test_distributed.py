@@ -253,7 +253,7 @@ def pretrain(aam, survey, folder, *more):
 
 
 def curve(folder):
-    keep = lambda line: {k: v for k, v in line.items() if k not in ('seconds', 'waited', 'lr')}
+    keep = lambda line: {k: v for k, v in line.items() if k not in ('seconds', 'waited', 'lr', 'peak_memory_gb')}
     return [keep(json.loads(line)) for line in (folder/'metrics.jsonl').read_text().splitlines()]
 
 
