@@ -62,8 +62,8 @@ class Block(nn.Module):
 # %% ../nbs/11_layers.ipynb #8b84698c
 def recomputed(block:Block, *given):
     "What `block` makes of `given`, to be computed again in the backward pass."
-    light = given[0].device.type == 'cpu' and block._compiled_call_impl is None
-    how = dict(context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aam.attention_cpu.default])) if light else {}
+    plain = given[0].device.type == 'cpu' and block._compiled_call_impl is None and not torch.is_autocast_enabled('cpu') # whose casts are made once, and not again
+    how = dict(context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aam.attention_cpu.default])) if plain else {}
     return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, **how)
 
 class Stack(nn.Module):
