@@ -105,7 +105,7 @@ profiles = {
     'a': '''--embedding-dim 12 --attention-heads 3 --attention-layers 2 --kmer-dim 5 --unifrac-branches 9 --max-bp 30 --dropout 0.3 --no-abundance-input --no-standardise --no-local-view --no-wide-path
             --token-limit 7 --asv-sampling abundance --rarefy-depth 2000 --penalty 3 --nuc-penalty 0.5 --count-penalty 2 --nuc-mask-ratio 0.4 --nuc-mask-strategy span
             --batch-size 5 --epochs 3 --lr 0.01 --optimizer sgd --weight-decay 0 --max-grad-norm 0.001 --scheduler cosine_restarts --warmup-steps 2 --scheduler-t0 3 --scheduler-t-mult 3 --scheduler-eta-min 0.001
-            --average-decay 0 --gradient-accumulation-steps 2 --asv-chunk-size 10 --mixed-precision bf16 --test-size 0.4 --group-column subject_id --device cpu''',
+            --average-decay 0.5 --gradient-accumulation-steps 2 --asv-chunk-size 5 --mixed-precision bf16 --test-size 0.4 --group-column subject_id --device cpu''',
     'b': f'''{width} --unifrac-matrix MATRIX --unifrac-head euclid --no-clean-unifrac --scheduler plateau --scheduler-patience 1 --scheduler-factor 0.25 --lr 1 --epochs 40 --patience 9
             --train-samples LISTS/train.txt --val-samples LISTS/val.txt --test-samples LISTS/test.txt''',
     'c': f'{base} --num-workers 1 --unifrac-metric weighted --token-limit 7 --rarefy-depth 2000 --auto-batch-size --tf32',
@@ -278,10 +278,10 @@ effects = { # option: (profiles to be compared) -> whether it has its effect
     **{name: lambda run, place: restarts(run) for name in ('lr', 'scheduler', 'warmup-steps', 'scheduler-t0', 'scheduler-t-mult', 'scheduler-eta-min')},
     'scheduler-patience': lambda run, place: plateau(run),
     'scheduler-factor': lambda run, place: plateau(run),
-    'average-decay': lambda run, place: [any(torch.equal(w, run(p).last['model']['encoder.project.weight']) for w in run(p).weights_seen) for p in ('a', 'base')] == [True, False],
+    'average-decay': lambda run, place: [any(torch.equal(w, run(p).last['model']['encoder.project.weight']) for w in run(p).weights_seen) for p in ('a', 'base')] == [False, True],
     'gradient-accumulation-steps': lambda run, place: run('a').last['counters']['step'] == 3*math.ceil(math.ceil(len(run('a').files.ids('train'))/5)/2),
     'gradient-checkpointing': lambda run, place: run('base').saved/len(run('base').trained) < .6 * run('d').saved/len(run('d').trained),
-    'asv-chunk-size': lambda run, place: max(run('a').chunks) == 10 < max(run('base').chunks),
+    'asv-chunk-size': lambda run, place: max(run('a').chunks) == 5 < max(run('base').chunks),
     'num-workers': lambda run, place: max(run('base').workers) <= 0 < min(run('c').workers),
     'mixed-precision': lambda run, place: [run(p).autocast for p in ('a', 'base')] == [{torch.bfloat16}, {None}],
     'tf32': lambda run, place: '--tf32: has no effect on a CPU' in run('c').files.said,
