@@ -235,9 +235,25 @@ def variants_table(study, part:str, method:str) -> str:
         lines.append(line)
     return markdown(['variant', *(h for task in plan['tasks'] for h in (task, f'{base} - variant (95 %)'))], lines)
 
+learnt = dict(unifrac_r2='R2 of distances', nuc_accuracy='masked bases')
+
+def pretrained(cell) -> dict:
+    "Means over the fits of `cell` of what its pre-training learnt; without what is missing or was not learnt."
+    found = [r['pretraining'] for r in cell.records(cell.study.records) if r.get('pretraining')] if cell.each(aam_name) is not None else []
+    return {k: float(np.mean([p[k] for p in found])) for k in learnt if found and all(p.get(k) is not None for p in found)}
+
+def pretraining_table(study, part:str) -> str:
+    plan, cells = study.tasks['parts'][part], study.part(part)
+    lines = []
+    for variant in plan['variants']:
+        found = [pretrained(next(c for c in cells if (c.task, c.variant) == (task, variant))) for task in plan['tasks']]
+        lines.append([variant, *(shown(f[k]) if k in f else '-' for f in found for k in learnt)])
+    return markdown(['variant', *(f'{task}: {name}' for task in plan['tasks'] for name in learnt.values())], lines)
+
 def variants_page(study, part:str, title:str) -> str:
-    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {study.tasks['parts'][part]['folds']} folds. What aam predicts:", variants_table(study, part, aam_name),
-                        'What it learnt from sequences, by itself:', variants_table(study, part, part_names['sequences'])])
+    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {study.tasks['parts'][part]['folds']} folds, {study.tasks['parts'][part]['seeds']} seeds. What aam predicts:", variants_table(study, part, aam_name),
+                        'What it learnt from sequences, by itself:', variants_table(study, part, part_names['sequences']),
+                        'What was learnt in pre-training, as above:', pretraining_table(study, part)])
 
 def labels_page(study) -> str:
     plan, texts = study.tasks['parts']['labels'], []
@@ -261,7 +277,7 @@ def numbers(study) -> dict:
     ours = [aam_name, part_names['sequences']]
     return dict(main=[compared(c) for c in study.part('main')],
                 repeats=[dict(compared(f), repeats=f.repeats) for c in study.part('repeats') if (f := c.finished(study.records))],
-                ablations=[dict(row(c, ours), variant=c.variant) for c in study.part('ablations')],
+                ablations=[dict(row(c, ours), variant=c.variant, **{k: round(v, 6) for k, v in pretrained(c).items()}) for c in study.part('ablations')],
                 labels=[dict(row(c, [*ours, 'best baseline']), variant=c.variant, share=c.share) for c in study.part('labels')])
 
 def main_figure(study):
