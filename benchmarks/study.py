@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from aam.config import build_options
-from aam.comparison import aam_name, compare_methods, difference, gather, part_names, sample_scores, score_names, stacked_name, training_means
+from aam.comparison import aam_name, averaged_name, compare_methods, difference, gather, part_names, sample_scores, score_names, stacked_name, training_means
 from aam.fits import add_record, make_jobs, movable, read_records, record_key, run_jobs
 from aam.folds import Evaluation, option_groups
 from aam.metadata import read_metadata
@@ -274,7 +274,7 @@ def numbers(study) -> dict:
     def compared(cell):
         keep = lambda r: {k: r[k] and round(float(r[k]), 6) for k in ('difference', 'low', 'high', 'p') if k in r}
         return dict(row(cell, list(cell.rows)), primary=bool(cell.about.get('primary')), compared={m: keep(cell.rows[m]) for m in (aam_name, stacked_name) if m in cell.rows})
-    ours = [aam_name, part_names['sequences']]
+    ours = [aam_name, averaged_name, part_names['sequences']]
     return dict(main=[compared(c) for c in study.part('main')],
                 repeats=[dict(compared(f), repeats=f.repeats) for c in study.part('repeats') if (f := c.finished(study.records))],
                 ablations=[dict(row(c, ours), variant=c.variant, **{k: round(v, 6) for k, v in pretrained(c).items()}) for c in study.part('ablations')],
