@@ -132,7 +132,7 @@ class Graphed:
             there, replay = self.replays[shape]
             for x, y in zip(tensors_of(there).values(), tensors_of(padded).values()): x.copy_(y, non_blocking=True)
         else:
-            there = padded
+            there = padded.map(torch.clone) # later batches are written into it, and `batch` may be a view of what is read again
             replay = Replay(lambda: self.function(there), self.pool)
             self.replays[shape] = there, replay
         return replay()
