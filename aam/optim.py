@@ -134,11 +134,12 @@ class AveragedWeights:
         "Moves the average towards the present weights."
         self.steps += 1
         k = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(*self.pairs, k)
+        if self.values: torch._foreach_lerp_(*self.pairs, k)
 
     @contextmanager
     def swapped_in(self, model):
-        "Within the block, `model` holds the averaged weights."
+        "Within the block, `model` holds the averaged weights, if there are any."
+        if not self.values: yield model; return
         kept = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(self.values, strict=False)
         try: yield model

@@ -10,7 +10,6 @@ __all__ = ['precisions', 'compiled_parts', 'pick_precision', 'autocast', 'compil
 import math, time
 import torch
 import torch.nn as nn
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -156,7 +155,7 @@ def train_step(t:Training, batches:list, meter:Meter) -> tuple: # loss, gradient
         loss = loss + found['total'][0]/samples
         meter.add(found, batch.whole/t.ranks.size, batch.asvs_read)
     norm = t.update()
-    if t.options.average_decay: t.average.update()
+    t.average.update()
     t.step += 1
     return loss, norm
 
@@ -263,7 +262,7 @@ def fit(t:Training,
 ) -> Training:
     "Trains until the epochs or the patience are used up; raises `Interrupted` if it is `told` to stop."
     def judge(epoch):
-        with t.average.swapped_in(t.model) if t.options.average_decay else nullcontext():
+        with t.average.swapped_in(t.model):
             v = validate(t.model, t.stop, t.objective, t.device, t.precision, pick_workers(t.options.num_workers, t.device), t.ranks, t.forward, told)
             losses = {f'val_{k}_loss': x for k, x in v.means.items() if k in (*t.objective.weights, 'total')}
             with t.ranks.whole(t.model): scores = t.ranks.agree(lambda: dict(val_loss=v.means[watch], **losses, **{f'val_{k}': x for k, x in score(v).items()}))

@@ -250,7 +250,7 @@ def test_local_view_reads_neighbours(data):
     def neighbours(**options):
         model = model_of(data, **options).eval()
         model.encoder.asvs.nucleotides.stack = torch.nn.Identity()
-        model.encoder.asvs.nucleotides.stack.forward = lambda x, mask=None: x
+        model.encoder.asvs.nucleotides.stack.forward = lambda x, mask=None, mean=False: x
         changed = batch.tokens.clone()
         changed[:, 30] = changed[:, 30] % 4 + 1
         a, b = (model.encoder.asvs.nucleotides(t) for t in (batch.tokens, changed))
