@@ -900,6 +900,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aam.session.count_deviation': ('session.html#count_deviation', 'aam/session.py'),
                              'aam.session.epoch_line': ('session.html#epoch_line', 'aam/session.py'),
                              'aam.session.find_compiler': ('session.html#find_compiler', 'aam/session.py'),
+                             'aam.session.keep_freed_memory': ('session.html#keep_freed_memory', 'aam/session.py'),
                              'aam.session.largest_batch': ('session.html#largest_batch', 'aam/session.py'),
                              'aam.session.majority_accuracy': ('session.html#majority_accuracy', 'aam/session.py'),
                              'aam.session.measured_batch_size': ('session.html#measured_batch_size', 'aam/session.py'),

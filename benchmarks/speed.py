@@ -21,6 +21,7 @@ from aam.data import Plan, SampleData, draws_to_csr, true_unifrac, view_draw
 from aam.losses import Objective
 from aam.monitor import Meter
 from aam.predictor import Model, prime
+from aam.session import pick_device
 from aam.simulate import newick, yule_tree
 from aam.states import KeptStates
 from aam.table import make_table
@@ -229,7 +230,7 @@ def main():
     p.add_argument('--what', default='baseline,fast,memory'); p.add_argument('--repeats', type=int); p.add_argument('--profile')
     p.add_argument('--compile', default=None)
     args = p.parse_args()
-    device, what = args.device, args.what.split(',')
+    device, what = pick_device(args.device), args.what.split(',')
     warm, repeats = (5, args.repeats or 20) if device == 'cuda' else (0, args.repeats or 2)
     rate = matrix_rate(device)
     name = torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'

@@ -2,6 +2,9 @@
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -585,3 +588,19 @@ def test_asvs_are_counted_without_padding():
     train_step(t, [batch], meter)
     real = sum(int((batch.abundance[i] > 0).sum()) for i in range(8))
     assert meter.asvs == batch.asvs_read == real < batch.index.numel() and meter.samples == 8
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library keeps memory in its own way')
+def test_freed_memory_is_kept():
+    "The pages that Linux clears for a tensor of 64 MB when one of that size has just been freed, with and without it."
+    def pages(prepare):
+        said = subprocess.run([sys.executable, '-c', f"""
+import resource, torch
+from aam.session import pick_device
+{prepare}
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""], capture_output=True, text=True, check=True)
+        return int(said.stdout)
+    assert pages('') > 16_000 and pages("pick_device('cpu')") < 100
