@@ -99,7 +99,9 @@ class AsvEncoder(nn.Module):
             start += rows
         return torch.cat(means), torch.cat(copies) if copies else None
 
-    def chunks(self, tokens:Tensor): return tokens.split(self.chunk_size or len(tokens)) if len(tokens) else ()
+    def chunks(self, tokens:Tensor) -> tuple:
+        "`tokens` in pieces that are encoded one after the other."
+        return tokens.split(self.chunk_size or len(tokens)) if len(tokens) else ()
 
     def vectors(self, means:Tensor, token_row:Tensor, kmers:Tensor) -> Tensor: # (T, D), (U,), (U, Lk) -> (U, D + kmer_dim)
         "ASV vectors before they are standardised."

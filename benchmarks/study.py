@@ -208,13 +208,19 @@ def repeats_page(study) -> str:
             lines.append([cell.task, method, found.repeats if found else 0, *([score_names[score], shown(row[score]), shown(found.rows['best baseline'][score]), with_interval(row), judged(row, score)] if row else [score_names[score], *['not run']*4])])
     return '## Repeats\n\n' + markdown(['task', 'method', 'repeats', 'score', 'its score', 'best baseline', 'difference (95 %)', 'aim'], lines)
 
+learnt = dict(unifrac_r2='R2 of distances', nuc_accuracy='masked bases')
+
+def pretrained(cell) -> dict:
+    "Means over the fits of `cell`, if none is missing, of what all of them learnt in pre-training."
+    found = [r['pretraining'] for r in cell.records(cell.study.records) if r.get('pretraining')] if cell.each(aam_name) is not None else []
+    return {k: float(np.mean([p[k] for p in found])) for k in [*learnt, 'unifrac_reachable_r2'] if found and all(p.get(k) is not None for p in found)}
+
 def pretraining_page(study) -> str:
     "How well distances between samples of other groups are predicted, over the folds."
     lines = []
     for cell in study.part('main'):
-        found = [r['pretraining'] for r in cell.records(study.records) if r.get('pretraining')]
-        means = [shown(np.mean([p[key] for p in found]) if found else None) for key in ('unifrac_r2', 'unifrac_reachable_r2', 'nuc_accuracy')]
-        lines.append([cell.task, len(found), *means])
+        means = pretrained(cell)
+        lines.append([cell.task, sum(r['kind'] == 'aam' for r in cell.records(study.records)), *(shown(means.get(key)) for key in ('unifrac_r2', 'unifrac_reachable_r2', 'nuc_accuracy'))])
     return '## Pre-training\n\nR2 of UniFrac distances between the samples that stop training (whole groups that it is not fitted on), encoder and tree seeing the same rarefaction; what another rarefaction of the same samples reaches; share of the masked bases that are right. Means over folds.\n\n' + \
         markdown(['task', 'folds', 'R2', 'another rarefaction', 'masked bases'], lines)
 
@@ -235,18 +241,11 @@ def variants_table(study, part:str, method:str) -> str:
         lines.append(line)
     return markdown(['variant', *(h for task in plan['tasks'] for h in (task, f'{base} - variant (95 %)'))], lines)
 
-learnt = dict(unifrac_r2='R2 of distances', nuc_accuracy='masked bases')
-
-def pretrained(cell) -> dict:
-    "Means over the fits of `cell` of what its pre-training learnt; without what is missing or was not learnt."
-    found = [r['pretraining'] for r in cell.records(cell.study.records) if r.get('pretraining')] if cell.each(aam_name) is not None else []
-    return {k: float(np.mean([p[k] for p in found])) for k in learnt if found and all(p.get(k) is not None for p in found)}
-
 def pretraining_table(study, part:str) -> str:
-    plan, cells = study.tasks['parts'][part], study.part(part)
-    lines = []
+    plan, lines = study.tasks['parts'][part], []
+    cells = {(c.task, c.variant): c for c in study.part(part)}
     for variant in plan['variants']:
-        found = [pretrained(next(c for c in cells if (c.task, c.variant) == (task, variant))) for task in plan['tasks']]
+        found = [pretrained(cells[task, variant]) for task in plan['tasks']]
         lines.append([variant, *(shown(f[k]) if k in f else '-' for f in found for k in learnt)])
     return markdown(['variant', *(f'{task}: {name}' for task in plan['tasks'] for name in learnt.values())], lines)
 
@@ -277,7 +276,7 @@ def numbers(study) -> dict:
     ours = [aam_name, averaged_name, part_names['sequences']]
     return dict(main=[compared(c) for c in study.part('main')],
                 repeats=[dict(compared(f), repeats=f.repeats) for c in study.part('repeats') if (f := c.finished(study.records))],
-                ablations=[dict(row(c, ours), variant=c.variant, **{k: round(v, 6) for k, v in pretrained(c).items()}) for c in study.part('ablations')],
+                ablations=[dict(row(c, ours), variant=c.variant, **{k: round(v, 6) for k, v in pretrained(c).items() if k in learnt}) for c in study.part('ablations')],
                 labels=[dict(row(c, [*ours, 'best baseline']), variant=c.variant, share=c.share) for c in study.part('labels')])
 
 def main_figure(study):
