@@ -18,7 +18,7 @@ from .distributed import Ranks, full
 from .predictor import Model
 
 # %% ../nbs/25_checkpoint.ipynb #cecd8288
-format_version = 2 # to be raised when the same options and weights mean another model
+format_version = 3 # to be raised when the same options and weights mean another model
 
 def save_checkpoint(state:dict, path:Path, keep:int=1):
     "Writes `state` to `path` atomically; the last `keep` files of this name are kept (see `kept_checkpoints`)."

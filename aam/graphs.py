@@ -127,12 +127,13 @@ class Graphed:
     def __call__(self, batch:Batch):
         room = self.room(batch)
         padded = pad_batch(batch.to(self.device), room) # there, as padding here would have to be copied before the GPU is done with the last batch
-        shape = padded.views, padded.groups, padded.states and padded.states.slots, tuple((name, tuple(x.shape)) for name, x in tensors_of(padded).items())
+        tensors = tensors_of(padded)
+        shape = padded.views, padded.groups, padded.states and padded.states.slots, *((name, x.shape) for name, x in tensors.items())
         if shape in self.replays:
             there, replay = self.replays[shape]
-            for x, y in zip(tensors_of(there).values(), tensors_of(padded).values()): x.copy_(y, non_blocking=True)
+            for name, x in tensors.items(): there[name].copy_(x, non_blocking=True)
         else:
             there = padded.map(torch.clone) # later batches are written into it, and `batch` may be a view of what is read again
             replay = Replay(lambda: self.function(there), self.pool)
-            self.replays[shape] = there, replay
+            self.replays[shape] = tensors_of(there), replay
         return replay()

@@ -88,12 +88,11 @@ def regression_loss(
     objective, # its `target_deviation` (O,) is that of training targets, its `target_loss` names the costs
 ):
     "Cost of the errors, in units of the deviation."
-    known, deviation = batch.target.isfinite(), objective.target_deviation
-    if predicted.ndim == 3: truth, counts, deviation = batch.target[..., None], known[..., None], deviation[:, None]
-    else: truth, counts = batch.target, known
-    error = torch.where(counts, (predicted - torch.nan_to_num(truth)) / deviation, 0.)
+    truth, deviation = batch.target, objective.target_deviation
+    if predicted.ndim == 3: truth, deviation = truth[..., None], deviation[:, None]
+    error = ((predicted - truth) / deviation).masked_fill(truth.isnan(), 0.)
     names = objective.target_loss if isinstance(objective.target_loss, list) else [objective.target_loss]*error.shape[1]
-    return sum(costs[name](error[:, i:i+1], objective).sum() for i, name in enumerate(names)), known.sum()
+    return sum(costs[name](error[:, i:i+1], objective).sum() for i, name in enumerate(names)), (~batch.target.isnan()).sum()
 
 # %% ../nbs/21_losses.ipynb #9b1a6857
 def class_loss(

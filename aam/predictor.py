@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import CategoryOptions, EncoderOptions, HeadOptions, output_activation_names
 from .encoder import Encoder, NucleotideHead, unifrac_heads
 from .fusion import Conditioning
-from .layers import AttentionPool, RunningStandardise, same, weighted_sum
+from .layers import AttentionPool, RunningStandardise, same, weighted_sums
 
 # %% ../nbs/14_predictor.ipynb #69e32b00
 class CountHead(nn.Module):
@@ -138,13 +138,11 @@ class TargetHead(nn.Module):
         numbers = outputs * (len(quantiles) or 1)
         D, W = options.embedding_dim, options.kmer_dim
         self.pool = AttentionPool(D)
-        self.pooled_standardise = RunningStandardise(2*D)
+        self.input_standardise = RunningStandardise(2*D + 2*W*options.wide_path)
         between = head.regressor_dropout if head.regressor_hidden_dims else head.regressor_dropout or options.dropout
         self.deep = perceptron(2*D, head.regressor_hidden_dims or [D], numbers, options.dropout, between)
-        self.wide = nn.ModuleList(nn.Linear(W, numbers, bias=False) for _ in range(2)) if options.wide_path else None
-        if self.wide is not None:
-            self.sums_standardise, self.sums_dropout = RunningStandardise(2*W), nn.Dropout(options.dropout)
-            for w in self.wide: nn.init.zeros_(w.weight)
+        self.wide = nn.Sequential(nn.Dropout(options.dropout), nn.Linear(2*W, numbers, bias=False)) if options.wide_path else None
+        if self.wide is not None: nn.init.zeros_(self.wide[1].weight)
         self.share = 0. # of the start in a prediction
         self.conditioning = Conditioning(categories, vocabulary, D, options.attention_heads, outputs) if vocabulary else None
         self.register_buffer('centre', torch.zeros(outputs)); self.register_buffer('scale', torch.ones(outputs))
@@ -152,8 +150,9 @@ class TargetHead(nn.Module):
 
     def allowed(self, learnt:Tensor) -> Tensor: # (..., O)
         "Values on the learnt scale, moved off the ends of its range, where the inverse of the link is infinite."
+        if not self.link.low: return learnt # it has no ends
         margin = 0.05*(self.scale.clamp_max(1) if self.link.high else self.scale)
-        if self.link.low: learnt = torch.maximum(learnt, margin)
+        learnt = torch.maximum(learnt, margin)
         return torch.minimum(learnt, 1 - margin) if self.link.high else learnt
 
     def units(self):
@@ -191,12 +190,12 @@ class TargetHead(nn.Module):
             categories = self.conditioning.unknown(categories)
             x = replace(x, states=self.conditioning.fuse(x.states, x.mask, categories))
         counts = x.abundance.any(1) # a sample without reads fills up a part of a batch
-        weight = x.abundance / x.abundance.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)
-        pooled = torch.cat([self.pool(x.states, x.mask), weighted_sum(weight, x.states)], -1)
-        out = self.deep(self.pooled_standardise(pooled, counts)).float()
-        if self.wide is not None:
-            sums = self.sums_dropout(self.sums_standardise(x.sums.flatten(1), counts).unflatten(1, (2, -1)))
-            for i, w in enumerate(self.wide): out = out + w(sums[:, i]).float()
+        weights = torch.stack([self.pool.weights(x.states, x.mask), F.normalize(x.abundance, eps=1e-6)], 1)
+        pooled, sums = weighted_sums(weights, x.states).flatten(1), x.sums.flatten(1)
+        if self.wide is None: sums = sums[:, :0]
+        pooled, sums = self.input_standardise(torch.cat([pooled, sums], 1), counts).split([pooled.shape[1], sums.shape[1]], 1)
+        out = self.deep(pooled).float()
+        if self.wide is not None: out = out + self.wide(sums).float()
         if self.quantiles is not None: out = self.quantiles(out.unflatten(1, (-1, len(self.quantiles.levels))))
         if self.conditioning is not None: out = self.conditioning.scale(out, categories)
         if self.log_output_scale is None: return out

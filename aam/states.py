@@ -36,7 +36,7 @@ class Store:
         "States of samples, padded to `slots`."
         first, length, slot = self.first[k][:, None], self.length[k][:, None], torch.arange(slots, device=k.device)
         mask = slot < length
-        where = (first + slot).where(mask, 0)
+        where = (first + slot)*mask
         return SampleStates(self.states[where].float(), mask, self.abundance[where]*mask, self.sums[k])
 
 @dataclass

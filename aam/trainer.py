@@ -219,7 +219,7 @@ def train_epoch(t:Training,
     epoch, p, every = t.epoch, t.progress, 20 if t.device == 'cuda' else 1
     window, pending, clock = Meter(), [], time.perf_counter()
     batches = iter(loader(t.train, epoch, pick_workers(t.options.num_workers, t.device), pin=t.device == 'cuda', start=p.batches))
-    t.model.train()
+    if not t.model.training: t.model.train() # a head's epoch is over in the time that a few of these take
     def next_group():
         began = time.perf_counter()
         group = list(islice(batches, t.options.gradient_accumulation_steps))

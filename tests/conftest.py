@@ -1,5 +1,6 @@
-"What several guards share: the command in a subprocess, a small simulated survey, and runs made once for all workers."
+"What several guards share: the command in a process of its own, a small simulated survey, and runs made once for all workers."
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -9,32 +10,72 @@ import pytest
 
 installed = Path(sys.executable).with_name('aam')
 tiny = '--embedding-dim 16 --attention-layers 1 --attention-heads 2 --kmer-dim 16 --unifrac-branches 32 --batch-size 8 --max-bp 60 --device cpu'.split()
-environment = {**{k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK')}, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
+environment = {**{k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK')}, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONFAULTHANDLER': '1'}
+
+# Imports the libraries once; each command then runs in a process of its own, forked from here.
+server = '''
+import json, os, signal, sys, traceback
+import aam.cli, aam.inference, aam.inputs, aam.rf_baseline, aam.session, skbio, sklearn.ensemble
+for line in sys.stdin:
+    words, *said = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(300)
+        for stream, path in enumerate(said, 1): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        code = 1
+        try: code = aam.cli.main(words)
+        except BaseException: traceback.print_exc()
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+'''
+
+
+class Finished:
+    "How a command ended, and what it said; 0 unless it `fails`."
+    def __init__(self, words, fails, returncode, out, err):
+        self.returncode, self.out, self.err = returncode, out, err
+        assert fails or returncode == 0, f'{words}\n{out}\n{err}'
 
 
 class Commands:
-    "Starts `aam` as a user does; `tiny` are options of a model that trains in a second."
+    "Runs `aam`; `tiny` are options of a model that trains in a second."
     tiny, environment = tiny, environment
+
+    def __init__(self, folder):
+        self.said, self.server = [folder/'out.txt', folder/'err.txt'], None
 
     module = (sys.executable, '-m', 'aam.cli')
     usual = (str(installed),) if installed.exists() else module # where only the sources are, on a GPU machine
 
     def start(self, *words, launcher=usual, env=None, **how):
+        "As a user starts it."
         return subprocess.Popen([*launcher, *map(str, words)], env=environment | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
-    def __call__(self, *words, fails=False, **how):
-        "Runs to the end; asserts the exit code unless `fails`."
+    def cold(self, *words, fails=False, **how):
+        "As a user starts it, to the end; asserts the exit code unless `fails`."
         process = self.start(*words, **how)
-        process.out, process.err = process.communicate(timeout=300)
-        assert fails or process.returncode == 0, f'{words}\n{process.out}\n{process.err}'
-        return process
+        said = process.communicate(timeout=300)
+        return Finished(words, fails, process.returncode, *said)
+
+    def __call__(self, *words, fails=False):
+        "The same in a process that need not import torch again."
+        if self.server is None: self.server = subprocess.Popen([sys.executable, '-c', server], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server.stdin.write(json.dumps([list(map(str, words)), *map(str, self.said)]) + '\n')
+        self.server.stdin.flush()
+        code = int(self.server.stdout.readline())
+        return Finished(words, fails, code, *[path.read_text() for path in self.said])
 
     torchrun = (str(installed.with_name('torchrun')), '--nproc_per_node=1', '-m', 'aam.cli')
 
 
 @pytest.fixture(scope='session')
-def aam():
-    return Commands()
+def aam(tmp_path_factory):
+    commands = Commands(tmp_path_factory.mktemp('said'))
+    yield commands
+    if commands.server is not None:
+        commands.server.kill() # closing its input would not do: workers that a test left may hold it, too
+        commands.server.communicate()
 
 
 @pytest.fixture(scope='session')

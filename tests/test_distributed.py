@@ -375,7 +375,7 @@ def test_mistakes_are_one_line(aam, survey, tmp_path):
     assert refused.returncode == 2 and '--distributed and --fsdp exclude each other' in refused.err
     step = dict(SLURM_STEP_ID='0', SLURM_NTASKS='2', SLURM_PROCID='0', SLURM_LOCALID='0')
     for words in (pretrain(aam, survey, tmp_path/'run'), ['predict', '--model', 'm.pt', '--table', survey/'table.biom', '--output', tmp_path/'p.tsv']):
-        refused = aam(*words, fails=True, env=step)
+        refused = aam.cold(*words, fails=True, env=step)
         assert refused.returncode == 2 and 'started with 2 processes' in refused.err and 'Traceback' not in refused.err
     for wrong in (dict(gather_unifrac=True), dict(share_asvs='on'), dict(data_parallel=True, gather_unifrac=False)):
         with pytest.raises(AamError, match='belongs to --distributed or --fsdp'):

@@ -19,47 +19,6 @@ from aam.table import make_table, read_table, write_table
 heavy = 'torch', 'pandas', 'biom', 'skbio', 'sklearn'
 
 
-# Imports the libraries once; each command then runs in a process of its own, forked from here.
-server = """
-import json, os, sys, traceback
-import aam.cli, aam.inference, aam.inputs, aam.rf_baseline, aam.session, skbio, sklearn.ensemble
-for line in sys.stdin:
-    words, log = json.loads(line)
-    child = os.fork()
-    if not child:
-        for stream in 1, 2: os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        code = 1
-        try: code = aam.cli.main(words)
-        except BaseException: traceback.print_exc()
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Warm:
-    "`aam` in processes that need not import torch again."
-    def __init__(self, aam, folder):
-        self.log = folder/'said.txt'
-        self.process = subprocess.Popen([sys.executable, '-c', server], env=aam.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, *words, fails=True):
-        self.log.unlink(missing_ok=True)
-        self.process.stdin.write(json.dumps([list(map(str, words)), str(self.log)]) + '\n')
-        self.process.stdin.flush()
-        self.returncode = int(self.process.stdout.readline())
-        self.out, self.err = '', self.log.read_text()
-        return self
-
-
-@pytest.fixture(scope='session')
-def warm(aam, tmp_path_factory):
-    warm = Warm(aam, tmp_path_factory.mktemp('warm'))
-    yield warm
-    warm.process.stdin.close()
-    warm.process.wait()
-
-
 def contents(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
 
@@ -236,15 +195,15 @@ def name_of(case): return case if isinstance(case, str) else '-'.join(map(str, c
 
 
 @pytest.mark.parametrize('command,options,says', inputs_wrong, ids=name_of)
-def test_wrong_input(warm, survey, pretrained, trained, folder, tmp_path, command, options, says):
+def test_wrong_input(aam, survey, pretrained, trained, folder, tmp_path, command, options, says):
     small = {} if command in ('predict', 'rf-baseline') else dict(embedding_dim=16, attention_layers=1, epochs=1)
-    expect_refusal(warm, command, small | options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained, FIRST=pretrained))
+    expect_refusal(aam, command, small | options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained, FIRST=pretrained))
     assert not list(folder.glob('*executed'))
 
 
 @pytest.mark.parametrize('command,options,says', usage_wrong, ids=name_of)
 def test_wrong_usage(aam, survey, folder, tmp_path, command, options, says):
-    expect_refusal(aam, command, options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path))
+    expect_refusal(aam.cold, command, options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path))
 
 
 def checkable():
@@ -257,7 +216,7 @@ def checkable():
 
 
 @pytest.mark.parametrize('command,options,says', checkable()[1], ids=name_of)
-def test_check_finds_what_runs_refuse(warm, survey, pretrained, trained, folder, tmp_path, command, options, says):
+def test_check_finds_what_runs_refuse(aam, survey, pretrained, trained, folder, tmp_path, command, options, says):
     "As an error of the report (exit 1), or, where a file cannot be read, as the command itself would say it (2)."
     small = dict(attention_layers=1) | ({} if options.get('pretrained_encoder') or 'embedding_dim' in options else dict(embedding_dim=16))
     known, _ = checkable()
@@ -267,10 +226,11 @@ def test_check_finds_what_runs_refuse(warm, survey, pretrained, trained, folder,
         if value is None: continue
         for place, path in dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained, FIRST=pretrained).items(): value = str(value).replace(place + '/', f'{path}/') if value is not True else True
         words += ['--' + name.replace('_', '-'), *([] if value is True else [value])]
-    process = warm('check', *words, '--device', 'cpu')
-    lines = [line for line in process.err.splitlines() if line.startswith(('error: ', 'aam: '))]
-    assert process.returncode in (1, 2) and 'Traceback' not in process.err, process.err
-    assert process.returncode == 1 or len(lines) == 1 and lines[0].startswith('aam: '), process.err
+    process = aam('check', *words, '--device', 'cpu', fails=True)
+    said = process.out + process.err
+    lines = [line for line in said.splitlines() if line.startswith(('error: ', 'aam: '))]
+    assert process.returncode in (1, 2) and 'Traceback' not in said, said
+    assert process.returncode == 1 or len(lines) == 1 and lines[0].startswith('aam: '), said
     for pattern in says: assert any(re.search(pattern if '|' in pattern else re.escape(pattern), line) for line in lines), (pattern, lines)
     assert not list(folder.glob('*executed')) and not contents(tmp_path)
 
@@ -304,39 +264,39 @@ def random_inputs(survey, folder, seed):
 
 
 @pytest.mark.parametrize('seed', [*range(12), *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 60)]])
-def test_ready_means_that_it_trains(aam, warm, survey, tmp_path, seed):
+def test_ready_means_that_it_trains(aam, survey, tmp_path, seed):
     "Whatever check calls ready trains; what train refuses, check has found."
     words = random_inputs(survey, tmp_path, seed)
-    checked = warm('check', *words, *aam.tiny)
-    code, said = checked.returncode, checked.err
-    run = warm('train', *words, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run')
+    checked = aam('check', *words, *aam.tiny, fails=True)
+    code, said = checked.returncode, checked.out + checked.err
+    run = aam('train', *words, *aam.tiny, '--epochs', 1, '--output-dir', tmp_path/'run', fails=True)
     assert 'Traceback' not in said + run.err, said + run.err
     assert (code == 0) == (run.returncode == 0) or 'nothing to predict' in said or 'its rows' in said, (words, said[-600:], run.err[-600:])
 
 
 def test_wrong_command(aam):
-    assert refused(aam, 'trian', says=['trian', 'aam train'])
-    assert refused(aam, 'rf_baseline', says=['aam rf-baseline'])
+    assert refused(aam.cold, 'trian', says=['trian', 'aam train'])
+    assert refused(aam.cold, 'rf_baseline', says=['aam rf-baseline'])
 
 
 @pytest.mark.parametrize('command,options,says', [inputs_wrong[0], ('train', dict(table='HERE/md5.biom'), ['not DNA']), ('predict', dict(model='HERE/malicious.pt'), [foreign])], ids=name_of)
 def test_wrong_input_cold(aam, survey, folder, tmp_path, command, options, says):
     "As the installed command does it, imports and all."
-    expect_refusal(aam, command, options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path))
+    expect_refusal(aam.cold, command, options, says, dict(SURVEY=survey, HERE=folder, OUT=tmp_path))
     assert not list(folder.glob('*executed'))
 
 
 def test_several_processes(aam, survey, tmp_path):
-    refused(aam, *typed('train', {}, dict(SURVEY=survey, HERE=survey, OUT=tmp_path)), env={'WORLD_SIZE': '2'}, says=['2 processes'])
+    refused(aam.cold, *typed('train', {}, dict(SURVEY=survey, HERE=survey, OUT=tmp_path)), env={'WORLD_SIZE': '2'}, says=['2 processes'])
     assert not contents(tmp_path)
 
 
 def test_debug_shows_the_traceback(aam, survey, tmp_path):
-    process = aam(*typed('train', dict(table='OUT/none.biom', debug=True), dict(SURVEY=survey, HERE=survey, OUT=tmp_path)), fails=True)
+    process = aam.cold(*typed('train', dict(table='OUT/none.biom', debug=True), dict(SURVEY=survey, HERE=survey, OUT=tmp_path)), fails=True)
     assert process.returncode != 0 and 'Traceback' in process.err and 'AamError' in process.err
 
 
-def test_finished_run_survives(aam, warm, survey, trained, folder, tmp_path):
+def test_finished_run_survives(aam, survey, trained, folder, tmp_path):
     "Refused without --overwrite; kept when the replacement fails; replaced when it does not."
     import shutil
     run = tmp_path/'run'
@@ -345,26 +305,26 @@ def test_finished_run_survives(aam, warm, survey, trained, folder, tmp_path):
     before = contents(run)
     places = dict(SURVEY=survey, HERE=folder, OUT=tmp_path)
     assert before
-    refused(warm, *typed('train', {}, places), says=['--output-dir', 'holds a run', '--overwrite', '--resume-from'])
+    refused(aam, *typed('train', {}, places), says=['--output-dir', 'holds a run', '--overwrite', '--resume-from'])
     assert contents(run) == before
     for wrong in (dict(table='HERE/md5.biom'), dict(metadata_column='soil_pH'), dict(pretrained_encoder='HERE/text.pt'), dict(unifrac_matrix='HERE/lacking.h5')):
-        refused(warm, *typed('train', wrong | dict(overwrite=True), places))
+        refused(aam, *typed('train', wrong | dict(overwrite=True), places))
         assert contents(run) == before, wrong
     aam(*typed('train', dict(overwrite=True, embedding_dim=16, attention_layers=1, kmer_dim=16, max_bp=60, epochs=1, penalty=0, count_penalty=0), places))
     assert json.loads((run/'config.json').read_text())['options']['training']['epochs'] == 1
     assert (run/'notes.txt').read_text() == 'mine' and not (run/'test_predictions.tsv').exists()
 
 
-def test_existing_output_survives(warm, survey, trained, folder, tmp_path):
+def test_existing_output_survives(aam, survey, trained, folder, tmp_path):
     places = dict(SURVEY=survey, HERE=folder, OUT=tmp_path, TRAINED=trained)
     for command, name in dict(predict='predictions.tsv', **{'rf-baseline': 'forest.tsv'}).items():
         (tmp_path/name).write_text('mine')
-        refused(warm, *typed(command, {}, places), says=[name, '--overwrite'])
-        refused(warm, *typed(command, dict(overwrite=True, table='HERE/truncated.biom'), places), says=['truncated.biom'])
+        refused(aam, *typed(command, {}, places), says=[name, '--overwrite'])
+        refused(aam, *typed(command, dict(overwrite=True, table='HERE/truncated.biom'), places), says=['truncated.biom'])
         assert (tmp_path/name).read_text() == 'mine'
     (tmp_path/'run').write_text('a file')
-    refused(warm, *typed('train', {}, places), says=['--output-dir', 'is a file'])
-    refused(warm, *typed('predict', dict(output='OUT/no/where.tsv'), places), says=['--output', 'does not exist'])
+    refused(aam, *typed('train', {}, places), says=['--output-dir', 'is a file'])
+    refused(aam, *typed('predict', dict(output='OUT/no/where.tsv'), places), says=['--output', 'does not exist'])
 
 
 def built(name):
@@ -398,5 +358,5 @@ def test_reader_that_leaves(aam, words):
 
 
 def test_overview(aam):
-    for words in [], ['--help'], ['help']: assert all(name in aam(*words).out for name in commands)
-    assert re.fullmatch(r'aam \d+\.\d+\S*', aam('--version').out.strip())
+    for words in [], ['--help'], ['help']: assert all(name in aam.cold(*words).out for name in commands)
+    assert re.fullmatch(r'aam \d+\.\d+\S*', aam.cold('--version').out.strip())

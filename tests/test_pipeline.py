@@ -105,7 +105,7 @@ def test_two_targets_on_a_frozen_encoder(aam, tmp_path, survey, pretrained, trai
 
 def test_one_target_and_forest(aam, tmp_path, survey, inputs):
     run = tmp_path/'run'
-    aam('train', *inputs, '--metadata-column', 'soil_ph', '--output-dir', run, *aam.tiny, '--epochs', 2, launcher=aam.module)
+    aam.cold('train', *inputs, '--metadata-column', 'soil_ph', '--output-dir', run, *aam.tiny, '--epochs', 2, launcher=aam.module)
     expect_files(run, 'val_predictions.tsv', 'plots/val_predicted.png')
     expect_scores(run, regression_scores)
     assert list(read(run/'val_predictions.tsv')) == ['prediction', 'actual']
@@ -127,7 +127,7 @@ def test_classes_with_a_matrix(aam, tmp_path, survey, pretrained):
     np.testing.assert_allclose(chances.sum(axis=1), 1, atol=1e-6)
     assert ('p_' + validated.prediction == chances.idxmax(axis=1)).all()
     assert set(ids(run/'train_samples.txt')) <= set(ids(pretrained/'train_samples.txt'))
-    aam('predict', '--model', run/'checkpoints'/'best_model.pt', '--table', survey/'table.biom', '--output', out, launcher=aam.torchrun)
+    aam.cold('predict', '--model', run/'checkpoints'/'best_model.pt', '--table', survey/'table.biom', '--output', out, launcher=aam.torchrun)
     expect_same_predictions(validated, read(out))
     expect_forest(aam, tmp_path, run, survey/'table.biom', survey/'metadata.tsv', 'habitat', ['accuracy', 'f1'], '--classifier')
 

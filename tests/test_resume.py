@@ -29,7 +29,7 @@ def command(aam, survey, name, folder, *more):
 @pytest.fixture(scope='session')
 def undisturbed(aam, survey, once):
     "The folder of a run that nobody disturbed, and what more than the name it was given."
-    return lambda name, *more, **how: once(f"undisturbed_{name}{'_'.join(map(str, more)).replace('/', '_')[-60:]}", lambda folder: aam(*command(aam, survey, name, folder, *more), **how))
+    return lambda name, *more, **how: once(f"undisturbed_{name}{'_'.join(map(str, more)).replace('/', '_')[-60:]}", lambda folder: (aam.cold if how else aam)(*command(aam, survey, name, folder, *more), **how))
 
 
 def lines(folder):
@@ -254,7 +254,7 @@ def test_damaged_shards_are_passed_over(aam, survey, undisturbed, tmp_path, file
     refused = aam(*command(aam, survey, 'pretrain', folder, '--resume-from', last), fails=True)
     assert refused.returncode == 2 and refused.err.count('\n') == 1 and f'{last}: not a checkpoint of aam, or damaged' in refused.err
     if file != '__1_0.distcp': return
-    said = aam(*command(aam, survey, 'pretrain', folder, '--fsdp', '--resume-from', 'auto'), launcher=two).err
+    said = aam.cold(*command(aam, survey, 'pretrain', folder, '--fsdp', '--resume-from', 'auto'), launcher=two).err
     assert said.count('damaged, passed over') == 1 and f'warning: {last}: damaged, passed over\n' in said and f'resuming {folder}/checkpoints/last-1.dcp after epoch {epochs - 1}' in said
     expect_equal(folder, whole)
 
