@@ -7,14 +7,14 @@ __all__ = ['masked_mean', 'Block', 'recomputed', 'Stack', 'weighted_sums', 'Atte
            'running_statistics', 'update_statistics']
 
 # %% ../nbs/11_layers.ipynb #dde14cb5
-from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attention
+from .halves import attention_half, hidden_mean, perceptron_half
 
 # %% ../nbs/11_layers.ipynb #09aaed64
 def masked_mean(
@@ -45,7 +45,9 @@ class Block(nn.Module):
         mask:Tensor=None, # True where a position is real, (B, T)
         kept:Tensor=None, # factors of what each half adds, 0 where dropout drops it, (2, B, T, D)
         mean:bool=False, # is the mean of the states enough?
+        halves:bool=False, # compute most of it again in the backward pass, on a CPU?
     ) -> Tensor: # states (B, T, D), or their means (B, D)
+        if halves: return self.by_halves(x, mask, kept, mean)
         y = self.out(attention(self.qkv(self.attention_norm(x)), self.heads, mask))
         x = x + (y if kept is None else y*kept[0])
         if mean and kept is None: return self.mean_state(x, mask)
@@ -59,12 +61,21 @@ class Block(nn.Module):
         with torch.autocast(x.device.type, enabled=False): # small, and what sets ASVs apart is small beside what they share
             return masked_mean(x, mask) + F.linear(hidden, self.mlp[2].weight.float())
 
+    def by_halves(self, x:Tensor, mask:Tensor, kept:Tensor, mean:bool) -> Tensor: # as `forward`
+        "The same by the operations of `halves`."
+        first, second = self.attention_norm, self.mlp_norm
+        y, _, _ = attention_half(x, first.weight, first.bias, self.qkv.weight, self.out.weight, self.heads, mask)
+        x = x + (y if kept is None else y*kept[0])
+        if mean and kept is None and mask is None: return x.mean(1) + F.linear(hidden_mean(x, second.weight, second.bias, self.mlp[0].weight), self.mlp[2].weight)
+        y = perceptron_half(x, second.weight, second.bias, self.mlp[0].weight, self.mlp[2].weight)
+        x = x + (y if kept is None else y*kept[1])
+        return masked_mean(x, mask) if mean else x
+
 # %% ../nbs/11_layers.ipynb #8b84698c
-def recomputed(block:Block, *given):
-    "What `block` makes of `given`, to be computed again in the backward pass."
-    plain = given[0].device.type == 'cpu' and block._compiled_call_impl is None and not torch.is_autocast_enabled('cpu') # whose casts are made once, and not again
-    how = dict(context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aam.attention_cpu.default])) if plain else {}
-    return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, **how)
+def recomputed(block:Block, x:Tensor, *given):
+    "What `block` makes of `x`, most of it to be computed again in the backward pass."
+    if x.device.type == 'cpu' and block._compiled_call_impl is None and not torch.is_autocast_enabled('cpu') and len(x): return block(x, *given, halves=True)
+    return checkpoint(block, x, *given, use_reentrant=False, preserve_rng_state=False)
 
 class Stack(nn.Module):
     "`layers` blocks, one after the other."

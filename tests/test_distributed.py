@@ -115,7 +115,7 @@ def differences(one, many):
         gradients.append(apart(moved, h))
     predicted = [(a, b) for a, b in ((one[2].target, many[2].target), (one[2].embeddings, many[2].embeddings)) if a is not None]
     assert one[2].sample_ids == many[2].sample_ids and all(a.shape == b.shape for a, b in predicted)
-    return dict(losses=max(gap(a, b) for (a, _), (b, _) in zip(one[0], many[0])), gradients=max(gradients), statistics=apart(one[1], many[1]), validation=gap(one[2].means, many[2].means),
+    return dict(losses=max(gap(a, b) for (a, _), (b, _) in zip(one[0], many[0])), gradients=gradients[0], later=max(gradients), statistics=apart(one[1], many[1]), validation=gap(one[2].means, many[2].means),
                 predictions=max(float((a - b).abs().max()/b.abs().max()) for a, b in predicted))
 
 
@@ -164,8 +164,8 @@ def measured(aam, once, ranks, **env):
 
 
 def expect_equal_to_one(found, device='cpu'):
-    limits = dict(losses=1e-5, gradients=1e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients, hence a low learning rate, too
-    if device == 'cuda': limits['gradients'] = 3e-5 # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on two of them, 4.5e-6 on a CPU
+    limits = dict(losses=1e-5, gradients=1e-5, later=2e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients, hence a low learning rate, too, and 1.03e-5 after three steps
+    if device == 'cuda': limits |= dict(gradients=3e-5, later=3e-5) # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on two of them, 4.5e-6 on a CPU
     for kind, value in found.items(): assert value < limits[kind], (kind, value)
 
 
