@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ class Commands:
 
     def __call__(self, *words, fails=False):
         "The same in a process that need not import torch again."
+        if shutil.which('nvidia-smi'): return self.cold(*words, fails=fails) # CUDA does not survive a fork
         if self.server is None: self.server = subprocess.Popen([sys.executable, '-c', server], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.server.stdin.write(json.dumps([list(map(str, words)), *map(str, self.said)]) + '\n')
         self.server.stdin.flush()

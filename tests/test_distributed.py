@@ -115,7 +115,7 @@ def differences(one, many):
         gradients.append(apart(moved, h))
     predicted = [(a, b) for a, b in ((one[2].target, many[2].target), (one[2].embeddings, many[2].embeddings)) if a is not None]
     assert one[2].sample_ids == many[2].sample_ids and all(a.shape == b.shape for a, b in predicted)
-    return dict(losses=max(gap(a, b) for (a, _), (b, _) in zip(one[0], many[0])), gradients=gradients[0], later=max(gradients), statistics=apart(one[1], many[1]), validation=gap(one[2].means, many[2].means),
+    return dict(losses=max(gap(a, b) for (a, _), (b, _) in zip(one[0], many[0])), gradients=max(gradients), statistics=apart(one[1], many[1]), validation=gap(one[2].means, many[2].means),
                 predictions=max(float((a - b).abs().max()/b.abs().max()) for a, b in predicted))
 
 
@@ -159,19 +159,26 @@ def finish(process):
 
 
 def measured(aam, once, ranks, **env):
-    folder = once(f'ranks{ranks}{"".join(env.values())}', lambda folder: (folder.mkdir(exist_ok=True), finish(start(aam, *torchrun, ranks, __file__, folder/'found.json', env=env))))
+    def build(folder):
+        folder.mkdir(exist_ok=True)
+        def run(): return start(aam, *torchrun, ranks, __file__, folder/'found.json', env=env)
+        said, _ = (process := run()).communicate(timeout=600)
+        if 'Signal 11 (SIGSEGV)' in said: finish(run()) # seen once in some dozen runs, and never in the next nine, while gloo waited for a gathered tensor: not a question of what is computed
+        else: assert process.returncode == 0, said
+    folder = once(f'ranks{ranks}{"".join(env.values())}', build)
     return json.loads((folder/'found.json').read_text())
 
 
-def expect_equal_to_one(found, device='cpu'):
-    limits = dict(losses=1e-5, gradients=1e-5, later=2e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients, hence a low learning rate, too, and 1.03e-5 after three steps
-    if device == 'cuda': limits |= dict(gradients=3e-5, later=3e-5) # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on two of them, 4.5e-6 on a CPU
+def expect_equal_to_one(name, found, device='cpu'):
+    limits = dict(losses=1e-5, gradients=1e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients, hence a low learning rate, too
+    if name.startswith('Faith'): limits['gradients'] = 2e-5 # that of the scale is a sum of errors that nearly cancel: 1.03e-5
+    if device == 'cuda': limits['gradients'] = 3e-5 # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on two of them, 4.5e-6 on a CPU
     for kind, value in found.items(): assert value < limits[kind], (kind, value)
 
 
 @pytest.mark.parametrize('name', cases)
 def test_two_ranks_are_one_process(aam, once, name):
-    expect_equal_to_one(measured(aam, once, 2)[name])
+    expect_equal_to_one(name, measured(aam, once, 2)[name])
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(aam, once):
@@ -183,7 +190,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(aam, once):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', cases)
 def test_four_ranks_are_one_process(aam, once, name):
-    expect_equal_to_one(measured(aam, once, 4)[name])
+    expect_equal_to_one(name, measured(aam, once, 4)[name])
 
 
 @pytest.mark.gpu
@@ -191,7 +198,7 @@ def test_four_ranks_are_one_process(aam, once, name):
 @pytest.mark.parametrize('name', cases)
 def test_two_gpus_are_one(aam, once, name):
     "By NCCL. `pytest -n 0 -m gpu tests/test_distributed.py`"
-    expect_equal_to_one(measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name], 'cuda')
+    expect_equal_to_one(name, measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name], 'cuda')
 
 
 @pytest.mark.gpu
@@ -202,7 +209,7 @@ def test_data_parallel_is_one_gpu(monkeypatch, name):
     monkeypatch.setattr(sys.modules[__name__], 'device', 'cuda')
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     tasks, _, _, _, more = cases[name]
-    expect_equal_to_one(differences(*[follow(make_training(ranks, tasks, False, True, **more)) for ranks in (single, start_ranks('data-parallel', 'cuda'))]), 'cuda')
+    expect_equal_to_one(name, differences(*[follow(make_training(ranks, tasks, False, True, **more)) for ranks in (single, start_ranks('data-parallel', 'cuda'))]), 'cuda')
 
 
 @pytest.mark.parametrize('parts', [1, 2, 3, 5])
