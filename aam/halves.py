@@ -9,7 +9,6 @@ __all__ = ['perceptron_half', 'hidden_mean', 'attention_half', 'pieces', 'normed
 
 # %% ../nbs/10_halves.ipynb #80f92b49
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import by_head
@@ -78,9 +77,9 @@ def backward_hidden(grad:Tensor, x:Tensor, scale:Tensor, shift:Tensor, up:Tensor
     for rows, g, to in pieces(x, grad/x.shape[1], dx):
         n, statistics = normed(rows, scale, shift)
         if wide is None: wide = x.new_empty(2, len(n), len(up))
-        h, d = (torch.mm(n, up.T, out=wide[0, :len(n)]), wide[1, :len(n)])
-        by_row = lambda t: t.view(*rows.shape[:2], -1)
-        torch.ops.aten.silu_backward.grad_input(g[:, None].expand(by_row(h).shape), by_row(h), grad_input=by_row(d))
+        h = torch.mm(n, up.T, out=wide[0, :len(n)]).view(*rows.shape[:2], -1)
+        d = wide[1, :len(n)]
+        torch.ops.aten.silu_backward.grad_input(g[:, None].expand(h.shape), h, grad_input=d.view(h.shape))
         found[2].addmm_(d.T, n)
         add_normed(d @ up, rows, statistics, scale, shift, to, found)
     return dx, *found
