@@ -472,7 +472,7 @@ class RunOptions(Options):
 
 # %% ../nbs/00_config.ipynb #663448dd
 presets = {
-    'small': dict(embedding_dim=64, attention_layers=1, batch_size=16, epochs=60, lr=1e-3, weight_decay=0.05, dropout=0.2, patience=20, gradient_checkpointing=False),
+    'small': dict(embedding_dim=64, attention_layers=1, unifrac_branches=2048, batch_size=16, lr=1e-3, weight_decay=0.05, dropout=0.2, patience=20, gradient_checkpointing=False),
     'medium': dict(embedding_dim=768, attention_heads=6, attention_layers=4, batch_size=2, gradient_accumulation_steps=16),
     'large': dict(embedding_dim=1152, attention_heads=12, attention_layers=8, batch_size=12, gradient_accumulation_steps=4, warmup_steps=5000, scheduler='cosine_restarts', patience=20),
 }

@@ -183,7 +183,9 @@ class _Copy(nn.Module):
 
 class Spread(nn.DataParallel):
     "A model whose batches are spread over the GPUs of this machine."
-    def __init__(self, model:Model): super().__init__(_Copy(model))
+    def __init__(self, model:Model):
+        here = next(model.parameters()).device.index # not always the first GPU: importing scikit-bio makes the last one the current one
+        super().__init__(_Copy(model), device_ids=sorted(range(torch.cuda.device_count()), key=lambda i: i != here))
 
     def scatter(self, inputs, kwargs, device_ids):
         parts = [part if part.states is None else replace(part, states=part.states.open()) for part in inputs[0].split(len(device_ids))]

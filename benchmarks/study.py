@@ -21,8 +21,9 @@ import numpy as np
 from aam.config import build_options
 from aam.comparison import aam_name, averaged_name, compare_methods, difference, gather, part_names, sample_scores, score_names, stacked_name, training_means
 from aam.fits import add_record, make_jobs, movable, read_records, record_key, run_jobs
-from aam.folds import Evaluation, option_groups
+from aam.folds import Evaluation, option_groups, pretrain_given
 from aam.metadata import read_metadata
+from aam.pretrain import pretrain
 
 here = Path(__file__).parent/'study'
 paths = {'table', 'tree', 'unifrac_matrix', 'sequences', 'metadata', 'output_dir', 'pretrained_encoder'}
@@ -65,7 +66,7 @@ class Cell:
         given = dict(self.study.tasks['options'], table=folder/'table.biom', tree=folder/'tree.nwk', metadata=self.study.metadata(self.task), metadata_column=a['column'], classifier=a.get('classifier', False),
                      group_column=a['group'], technical_columns=a.get('technical'), folds=min(self.plan['folds'], a.get('folds', 99)), repeats=self.repeats, seeds=self.plan['seeds'],
                      output_dir=self.folder, device=self.study.args.device)
-        given |= self.plan['variants'][self.variant]
+        given |= self.plan.get('options', {}) | self.plan['variants'][self.variant]
         return build_options(option_groups, {k: v for k, v in given.items() if v is not None})
 
     @property
@@ -75,9 +76,11 @@ class Cell:
         "What a record must have been made of to count; baselines do not depend on how aam is fitted."
         everything = unusual(self.options)
         own = {k: everything.get(k) for k in ('metadata_column', 'classifier', 'group_column', 'technical_columns', 'folds', 'seed', 'test_size', 'n_estimators', 'rarefy_depth', 'rarefy_seed', 'unifrac_metric', 'categorical_columns')}
-        everything.pop('repeats', None); everything.pop('seeds', None) # more of them leave the first as they are
+        for name in ('repeats', 'seeds', 'pretrain_options'): everything.pop(name, None) # more of the first two leave the first as they are; the third is resolved here
+        pretraining = pretrain_given(self.options) if self.options['evaluation'].pretrain else None
+        if pretraining: pretraining = unusual(build_options(pretrain.groups, {**pretraining, 'output_dir': self.folder}))
         about = {k: v for k, v in self.about.items() if k != 'primary'}
-        return dict(baselines=digest(own, about, self.share), aam=digest(everything, about, self.share, self.study.tasks.get('recipe')))
+        return dict(baselines=digest(own, about, self.share), aam=digest(everything, pretraining, about, self.share, self.study.tasks.get('recipe')))
 
     @cached_property
     def evaluation(self):
