@@ -72,6 +72,7 @@ def make_training(ranks, tasks, shared, all_pairs, batch_size=4, unifrac_metric=
     stop = replace(plan, training=False)
     if frozen: plan, stop = (KeptStates(p, model.to(device).freeze_base(), device) for p in (plan, stop))
     prime(model.to(device), plan.batch(0, 0).to(device))
+    if unifrac_metric == 'faith_pd': model.heads['unifrac'].scale.data += .2 # primed, the errors of a batch add up to nothing, and so do their gradients but for rounding
     for p in plan, stop: p.spread(ranks.deal(shared, all_pairs))
     return Training(model, Objective({t: 1. for t in tasks}, target_deviation=torch.tensor(data.target.std(0))), plan, stop, TrainingOptions(epochs=2, lr=1e-4, max_grad_norm=.5, mixed_precision='none', **options), device=device, ranks=ranks, all_pairs=all_pairs)
 
@@ -171,7 +172,6 @@ def measured(aam, once, ranks, **env):
 
 def expect_equal_to_one(name, found, device='cpu'):
     limits = dict(losses=1e-5, gradients=1e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients, hence a low learning rate, too
-    if name.startswith('Faith'): limits['gradients'] = 2e-5 # that of the scale is a sum of errors that nearly cancel: 1.03e-5
     if device == 'cuda': limits['gradients'] = 3e-5 # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on two of them, 4.5e-6 on a CPU
     for kind, value in found.items(): assert value < limits[kind], (kind, value)
 
