@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aam.config import build_options
+from aam.config import build_options, option_name
 from aam.comparison import aam_name, averaged_name, compare_methods, difference, gather, part_names, sample_scores, score_names, stacked_name, training_means
 from aam.fits import add_record, make_jobs, movable, read_records, record_key, run_jobs
 from aam.folds import Evaluation, option_groups, pretrain_given
@@ -252,8 +252,13 @@ def pretraining_table(study, part:str) -> str:
         lines.append([variant, *(shown(f[k]) if k in f else '-' for f in found for k in learnt)])
     return markdown(['variant', *(f'{task}: {name}' for task in plan['tasks'] for name in learnt.values())], lines)
 
+def made_with(plan:dict) -> str:
+    "In how far the fits of a part are not those of the preset."
+    return ''.join([' With ', ', '.join(f'`{option_name(k)} {v}`' for k, v in plan['options'].items()), '.']) if 'options' in plan else ''
+
 def variants_page(study, part:str, title:str) -> str:
-    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {study.tasks['parts'][part]['folds']} folds, {study.tasks['parts'][part]['seeds']} seeds. What aam predicts:", variants_table(study, part, aam_name),
+    plan = study.tasks['parts'][part]
+    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {plan['folds']} folds, {plan['seeds']} seeds.{made_with(plan)} What aam predicts:", variants_table(study, part, aam_name),
                         'What it learnt from sequences, by itself:', variants_table(study, part, part_names['sequences']),
                         'What was learnt in pre-training, as above:', pretraining_table(study, part)])
 
@@ -266,7 +271,7 @@ def labels_page(study) -> str:
         rows = [[f'{100*share:g} %', *(shown(mean(cells[task, v, share], method)) for method in (aam_name, part_names['sequences']) for v in variants), shown(mean(cells[task, variants[0], share], 'best baseline'))] for share in sorted(plan['shares'])]
         score = score_names[cells[task, variants[0], full].evaluation.score]
         texts.append(f'{task}, {score}:\n\n' + markdown(['labels', *variants, *(f'{v}: sequences by itself' for v in variants), 'best baseline'], rows))
-    return '\n\n'.join(['## Labels', *texts, '![](labels.png)'])
+    return '\n\n'.join(['## Labels', f"{plan['folds']} folds.{made_with(plan)}", *texts, '![](labels.png)'])
 
 def numbers(study) -> dict:
     "The scores of the page, for the docs: one row for each task (and repeat count), variant, or share of the labels."
@@ -277,9 +282,10 @@ def numbers(study) -> dict:
         keep = lambda r: {k: r[k] and round(float(r[k]), 6) for k in ('difference', 'low', 'high', 'p') if k in r}
         return dict(row(cell, list(cell.rows)), primary=bool(cell.about.get('primary')), compared={m: keep(cell.rows[m]) for m in (aam_name, stacked_name) if m in cell.rows})
     ours = [aam_name, averaged_name, part_names['sequences']]
-    return dict(main=[compared(c) for c in study.part('main')],
+    def learning(cell): return {k: round(v, 6) for k, v in pretrained(cell).items() if k in learnt}
+    return dict(main=[compared(c) | learning(c) for c in study.part('main')],
                 repeats=[dict(compared(f), repeats=f.repeats) for c in study.part('repeats') if (f := c.finished(study.records))],
-                ablations=[dict(row(c, ours), variant=c.variant, **{k: round(v, 6) for k, v in pretrained(c).items() if k in learnt}) for c in study.part('ablations')],
+                ablations=[dict(row(c, ours), variant=c.variant, **learning(c)) for c in study.part('ablations')],
                 labels=[dict(row(c, [*ours, 'best baseline']), variant=c.variant, share=c.share) for c in study.part('labels')])
 
 def main_figure(study):
