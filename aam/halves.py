@@ -9,6 +9,7 @@ __all__ = ['perceptron_half', 'hidden_mean', 'attention_half', 'pieces', 'normed
 
 # %% ../nbs/10_halves.ipynb #80f92b49
 import torch
+from itertools import repeat
 from torch import Tensor
 
 from .attention import by_head
@@ -91,10 +92,9 @@ hidden_mean.register_autograd(lambda ctx, grad: _hidden_backward(grad, *ctx.save
 # %% ../nbs/10_halves.ipynb #11c08621
 _attend, _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-def added(x:Tensor, mask:Tensor|None) -> list:
+def added(x:Tensor, mask:Tensor|None): # an iterable
     "For each piece of `x` what a mask adds to the scores."
-    if mask is None: return [None]*len(list(pieces(x)))
-    return [m[:, None, None] for _, m in pieces(x, x.new_zeros(mask.shape).masked_fill_(~mask, float('-inf')))]
+    return repeat(None) if mask is None else [m[:, None, None] for _, m in pieces(x, x.new_zeros(mask.shape).masked_fill_(~mask, float('-inf')))]
 
 def forward_attention(x:Tensor, scale:Tensor, shift:Tensor, qkv:Tensor, out:Tensor, heads:int, mask:Tensor|None) -> tuple[Tensor, Tensor, Tensor]: # (B, T, D), (D,), (D,), (3 D, D), (D, D), ., (B, T) -> (B, T, D), (B, T, D), (B, T, heads)
     "What attention adds to `x`; its results before `out`; and the logarithms of the sums that the backward pass needs."
