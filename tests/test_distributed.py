@@ -170,7 +170,7 @@ def measured(aam, once, ranks, **env):
     return json.loads((folder/'found.json').read_text())
 
 
-def expect_equal_to_one(name, found, device='cpu'):
+def expect_equal_to_one(found, device='cpu'):
     limits = dict(losses=1e-5, gradients=1e-5, statistics=1e-5, validation=1e-3, predictions=1e-3) # Adam makes much of the smallest gradients, hence a low learning rate, too
     if device == 'cuda': limits['gradients'] = 3e-5 # kernels add up in another order for other sizes of a part, and atomically in any order: 1.2e-5 was seen on two of them, 4.5e-6 on a CPU
     for kind, value in found.items(): assert value < limits[kind], (kind, value)
@@ -178,7 +178,7 @@ def expect_equal_to_one(name, found, device='cpu'):
 
 @pytest.mark.parametrize('name', cases)
 def test_two_ranks_are_one_process(aam, once, name):
-    expect_equal_to_one(name, measured(aam, once, 2)[name])
+    expect_equal_to_one(measured(aam, once, 2)[name])
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(aam, once):
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(aam, once):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', cases)
 def test_four_ranks_are_one_process(aam, once, name):
-    expect_equal_to_one(name, measured(aam, once, 4)[name])
+    expect_equal_to_one(measured(aam, once, 4)[name])
 
 
 @pytest.mark.gpu
@@ -198,7 +198,7 @@ def test_four_ranks_are_one_process(aam, once, name):
 @pytest.mark.parametrize('name', cases)
 def test_two_gpus_are_one(aam, once, name):
     "By NCCL. `pytest -n 0 -m gpu tests/test_distributed.py`"
-    expect_equal_to_one(name, measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name], 'cuda')
+    expect_equal_to_one(measured(aam, once, 2, AAM_TEST_DEVICE='cuda')[name], 'cuda')
 
 
 @pytest.mark.gpu
@@ -211,7 +211,7 @@ def test_data_parallel_is_one_gpu(monkeypatch, name, current):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     tasks, _, _, _, more = cases[name]
     with torch.cuda.device(current): found = [follow(make_training(ranks, tasks, False, True, **more)) for ranks in (single, start_ranks('data-parallel', 'cuda'))]
-    expect_equal_to_one(name, differences(*found), 'cuda')
+    expect_equal_to_one(differences(*found), 'cuda')
 
 
 @pytest.mark.parametrize('parts', [1, 2, 3, 5])
