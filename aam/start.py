@@ -216,12 +216,13 @@ def unexplained(
 def skill(
     loss:float, # over that of guessing
     samples:int, # that it is the mean of
+    guessed:int=1, # samples more, with the loss of guessing
 ) -> float:
-    "How many times smaller the loss is than that of guessing, less 1, were one more sample guessed; at least 0."
-    return max(0., (samples + 1)/(samples*loss + 1) - 1)
+    "How many times smaller the loss is than that of guessing, less 1; at least 0."
+    return max(0., (samples + guessed)/(samples*loss + guessed) - 1)
 
 def start_share(
-    learnt:np.ndarray, # predictions of the transformer
+    learnt:np.ndarray, # predictions of the transformer, whose epoch was chosen on these samples
     start:np.ndarray, # of the start
     actual:np.ndarray, # true values
     left_out:float=1., # loss of the start on folds that were left out, over that of guessing
@@ -230,5 +231,5 @@ def start_share(
     "Share of the start in a prediction."
     n = len(actual)
     both = (n*unexplained(start, actual) + judged*left_out)/(n + judged)
-    start, learnt = 10*skill(both, n + judged)**2, skill(unexplained(learnt, actual), n)**2
+    start, learnt = 10*skill(both, n + judged)**2, skill(unexplained(learnt, actual), n, guessed=5)**2
     return start/(start + learnt) if start + learnt else 1.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aam.config import build_options, option_name
+from aam.config import build_options
 from aam.comparison import aam_name, averaged_name, compare_methods, difference, gather, part_names, sample_scores, score_names, stacked_name, training_means
 from aam.fits import add_record, make_jobs, movable, read_records, record_key, run_jobs
 from aam.folds import Evaluation, option_groups, pretrain_given
@@ -66,7 +66,7 @@ class Cell:
         given = dict(self.study.tasks['options'], table=folder/'table.biom', tree=folder/'tree.nwk', metadata=self.study.metadata(self.task), metadata_column=a['column'], classifier=a.get('classifier', False),
                      group_column=a['group'], technical_columns=a.get('technical'), folds=min(self.plan['folds'], a.get('folds', 99)), repeats=self.repeats, seeds=self.plan['seeds'],
                      output_dir=self.folder, device=self.study.args.device)
-        given |= self.plan.get('options', {}) | self.plan['variants'][self.variant]
+        given |= self.plan['variants'][self.variant]
         return build_options(option_groups, {k: v for k, v in given.items() if v is not None})
 
     @property
@@ -252,13 +252,9 @@ def pretraining_table(study, part:str) -> str:
         lines.append([variant, *(shown(f[k]) if k in f else '-' for f in found for k in learnt)])
     return markdown(['variant', *(f'{task}: {name}' for task in plan['tasks'] for name in learnt.values())], lines)
 
-def made_with(plan:dict) -> str:
-    "In how far the fits of a part are not those of the preset."
-    return ''.join([' With ', ', '.join(f'`{option_name(k)} {v}`' for k, v in plan['options'].items()), '.']) if 'options' in plan else ''
-
 def variants_page(study, part:str, title:str) -> str:
     plan = study.tasks['parts'][part]
-    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {plan['folds']} folds, {plan['seeds']} seeds.{made_with(plan)} What aam predicts:", variants_table(study, part, aam_name),
+    return '\n\n'.join([f'## {title}', f"A difference above 0 means that what the variant lacks helps. {plan['folds']} folds, {plan['seeds']} seed{'s'*(plan['seeds'] > 1)}. What aam predicts:", variants_table(study, part, aam_name),
                         'What it learnt from sequences, by itself:', variants_table(study, part, part_names['sequences']),
                         'What was learnt in pre-training, as above:', pretraining_table(study, part)])
 
@@ -271,7 +267,7 @@ def labels_page(study) -> str:
         rows = [[f'{100*share:g} %', *(shown(mean(cells[task, v, share], method)) for method in (aam_name, part_names['sequences']) for v in variants), shown(mean(cells[task, variants[0], share], 'best baseline'))] for share in sorted(plan['shares'])]
         score = score_names[cells[task, variants[0], full].evaluation.score]
         texts.append(f'{task}, {score}:\n\n' + markdown(['labels', *variants, *(f'{v}: sequences by itself' for v in variants), 'best baseline'], rows))
-    return '\n\n'.join(['## Labels', f"{plan['folds']} folds.{made_with(plan)}", *texts, '![](labels.png)'])
+    return '\n\n'.join(['## Labels', f"{plan['folds']} folds.", *texts, '![](labels.png)'])
 
 def numbers(study) -> dict:
     "The scores of the page, for the docs: one row for each task (and repeat count), variant, or share of the labels."
