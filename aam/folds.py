@@ -54,11 +54,11 @@ def _of(function, given:dict) -> dict:
     return {k: v for k, v in given.items() if k in function.__signature__.parameters}
 
 def train_given(options:dict) -> dict:
-    "Options of the training."
+    "Options of the training, which within a fold keeps groups whole as well."
     from aam.train import train
-    own = {'output_dir', 'overwrite', 'seed', 'preset', 'group_column', 'test_size'}
-    given = {k: v for k, v in _of(train, given_options(options)).items() if k not in own}
-    return {**given, 'preset': options['evaluation'].preset}
+    own, evaluation = {'output_dir', 'overwrite', 'seed', 'preset', 'group_column', 'test_size'}, options['evaluation']
+    given, group = {k: v for k, v in _of(train, given_options(options)).items() if k not in own}, evaluation.group_column or evaluation.leave_one_out_column
+    return {**given, 'preset': evaluation.preset} | ({'group_column': group} if group else {})
 
 # %% ../nbs/41_folds.ipynb #34e0006b
 def pretrain_given(options:dict) -> dict:

@@ -182,7 +182,8 @@ def start_of(head, task:Task, samples, options, share:float=None): # of the netw
     from aam.metadata import get_column
     from aam.start import fit_start
     group, target, (y, shift) = options['split'].group_column, options['target'], start_targets(head, task)
-    groups = get_column(task.inputs.frame, group).iloc[samples].fillna('').astype(str).to_numpy() if group else None
+    column = get_column(task.inputs.frame, group).iloc[samples] if group else None
+    groups = None if column is None else column.fillna(column.index.to_series()).astype(str).to_numpy() # a sample without one is a group of its own
     sizes = [len(values) for values in task.vocabulary.values()]
     if not task.goal.classes and {'quantile', 'asymmetric'} & set(target.loss_types): share = None # which needs out-of-fold outputs anew
     start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, share, progress=True)

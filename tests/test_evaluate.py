@@ -115,15 +115,30 @@ def test_baselines_see_no_test_sample(two_worlds):
     assert sum(changed) > 3 # the sample whose reads differ is predicted otherwise
 
 
+def lists_of(job, folder):
+    "Files with the samples of a fit, as options of train."
+    folder.mkdir()
+    lists = {f'{name}_samples': folder/f'{name}.txt' for name in ('train', 'val', 'test')}
+    for path, ids in zip(lists.values(), (job.fold.fit, job.fold.stop, job.fold.test)): path.write_text('\n'.join(ids))
+    return lists
+
+
+def test_folds_within_a_fit_keep_groups_whole(fields, tmp_path):
+    "What only known sites have is no skill of a start, which chooses its penalty and networks by folds of its own, either."
+    e = Evaluation(build_options(evaluate.groups, dict(table=fields/'table.biom', metadata=fields/'metadata.tsv', metadata_column='planted', group_column='subject_id', folds=3, pretrain=False, penalty=0, nuc_penalty=0, count_penalty=0, output_dir=tmp_path/'out', **width)))
+    job = make_jobs(e, ['aam'])[0]
+    def left_out(**given): return load_checkpoint(train(**{**job.training, 'epochs': 1, **given}, output_dir=tmp_path/'run', overwrite=True).paths['best_model'])['start']['unexplained']
+    lists = lists_of(job, tmp_path/'lists')
+    assert left_out(**lists) > .9
+    assert left_out(**lists, group_column=None) < .8
+
+
 def test_aam_sees_no_test_sample(two_worlds, tmp_path):
     "Weights of the encoder and of the model, everything fitted beside them, and the chosen epoch are the same."
     kept = []
     for i, e in enumerate(two_worlds):
         job = next(j for j in make_jobs(e, ['aam'], tmp_path/str(i)))
-        lists = {}
-        for name, ids in dict(train=job.fold.fit, val=job.fold.stop, test=job.fold.test).items():
-            lists[f'{name}_samples'] = tmp_path/f'{i}{name}.txt'
-            lists[f'{name}_samples'].write_text('\n'.join(ids))
+        lists = lists_of(job, tmp_path/f'lists{i}')
         encoder = pretrain(**job.pretraining, train_samples=lists['train_samples'], val_samples=lists['val_samples'], output_dir=tmp_path/f'encoder{i}', seed=job.seed).paths['best_model']
         model = train(**{**job.training, 'epochs': 4}, **lists, pretrained_encoder=encoder, output_dir=tmp_path/f'model{i}', seed=job.seed).paths['best_model']
         kept.append([load_checkpoint(encoder), load_checkpoint(model), pd.read_csv(tmp_path/f'model{i}'/'test_predictions.tsv', sep='\t')])
