@@ -1,11 +1,13 @@
 """What a prediction starts from (linear model, networks on ASVs, their mean) by itself in grouped cross-validation, beside ExtraTrees on log abundances.
 
     python benchmarks/start.py --data ../shared/data [--tasks temperature,age,site] [--recipes]
+    python benchmarks/start.py --study [--tasks "water_temp_c by event"] [--repeats 5]
     python benchmarks/start.py --large
 
 Five folds of whole groups; scores are pooled over them; the reference of R2 is the mean of each training part. Networks by themselves are
 one each; in the start there are four. With `--recipes`, ways to fit a network are compared instead, and for each task that recipe is shown
-which has the best mean rank over the *other* tasks. `--large` times a start of a large simulated table.
+which has the best mean rank over the *other* tasks. `--study` fits what `aam evaluate` would, on the folds of study.py, and compares it with
+the best baseline there (no GPU needed). `--large` times a start of a large simulated table.
 """
 import argparse
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.special import softmax
 from scipy.stats import rankdata
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
@@ -86,12 +89,42 @@ def large(samples:int=3000, asvs:int=20_000, each:int=150):
         fit_start(table, range(samples), y, classes, known)
         print(f'{what}: {time.process_time() - began:.0f} CPU-s, the linear model alone {linear:.0f}', flush=True)
 
+def as_evaluated(e, fold, ids, share:float=None): # `Evaluation`, a fold of it, samples to fit on
+    "Outputs, or probabilities, of the test samples by the start as `aam evaluate` fits it; and the share of its networks."
+    table, classes, at = e.inputs.table, len(e.classes), {s: i for i, s in enumerate(e.inputs.table.sample_ids)}
+    ids = sorted(ids, key=at.get)
+    y, samples, centre, scale = e.y[e.at(ids)], [at[s] for s in ids], 0, 1
+    if not classes:
+        centre, scale = y.mean(), y.std()
+        y = (y[:, None] - centre)/scale
+    start, _ = fit_start(table, samples, y, classes, known_asvs(table, samples), np.array([e.groups[s] for s in ids]), seed=42 + 1000*fold.repeat, share=share)
+    outputs = start.outputs(table, [at[s] for s in fold.test])
+    return softmax(outputs, 1) if classes else outputs[:, 0]*scale + centre, start.share
+
+def on_study(args):
+    "The start in the folds of the study, and its difference to the best baseline among the study's records."
+    import study
+    from aam.comparison import difference, sample_scores, training_means
+    cells = study.Study(argparse.Namespace(data=args.data, tasks=study.here/'tasks.json', results=study.here, work=Path('runs/study'), device='cpu'))
+    for cell in cells.part('repeats'):
+        if args.tasks and cell.task not in args.tasks.split(','): continue
+        cell = study.Cell(cells, 'repeats', cell.task, cell.variant, repeats=args.repeats)
+        e, shares = cell.evaluation, []
+        found, means = np.full((args.repeats, len(e.ids), *([len(e.classes)] if e.classes else [])), np.nan), None if e.classes else training_means(e)
+        for fold in e.plan:
+            shares.append(as_evaluated(e, fold, fold.fit)[1])
+            found[fold.repeat, e.at(fold.test)] = as_evaluated(e, fold, fold.fit + fold.stop, shares[-1])[0]
+        each, best = np.array([sample_scores(e, p, None if means is None else means[r]) for r, p in enumerate(found)]), cell.each('best baseline')
+        print(f"{cell.task:<22}{cell.evaluation.score:<9} {args.repeats} repeats: start {each.mean():.3f}, best baseline {best.mean():.3f}, {study.with_interval(difference(e, each, best))}; networks' shares {', '.join(f'{s:g}' for s in shares)}", flush=True)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', type=Path, default=Path('../shared/data')); p.add_argument('--tasks', default=','.join(tasks)); p.add_argument('--recipes', action='store_true'); p.add_argument('--large', action='store_true')
+    p.add_argument('--data', type=Path, default=Path('../shared/data')); p.add_argument('--tasks'); p.add_argument('--recipes', action='store_true'); p.add_argument('--large', action='store_true')
+    p.add_argument('--study', action='store_true'); p.add_argument('--repeats', type=int, default=5)
     args, scores = p.parse_args(), {}
     if args.large: return large()
-    for task in args.tasks.split(','):
+    if args.study: return on_study(args)
+    for task in args.tasks.split(',') if args.tasks else tasks:
         folder, column, classes, group, where = tasks[task]
         inputs, y, names = read(args.data/folder, column, classes, where)
         table, groups, C, said = inputs.table, inputs.frame[group].astype(str).to_numpy(), len(names), []
