@@ -231,5 +231,5 @@ def start_share(
     "Share of the start in a prediction."
     n = len(actual)
     both = (n*unexplained(start, actual) + judged*left_out)/(n + judged)
-    start, learnt = 10*skill(both, n + judged)**2, skill(unexplained(learnt, actual), n, guessed=5)**2
-    return start/(start + learnt) if start + learnt else 1.
+    start, learnt = 10*max(.1, skill(both, n + judged))**2, skill(unexplained(learnt, actual), n, guessed=5)**2
+    return start/(start + learnt)

@@ -115,7 +115,7 @@ def on_study(args):
             shares.append(as_evaluated(e, fold, fold.fit)[1])
             found[fold.repeat, e.at(fold.test)] = as_evaluated(e, fold, fold.fit + fold.stop, shares[-1])[0]
         each, best = np.array([sample_scores(e, p, None if means is None else means[r]) for r, p in enumerate(found)]), cell.each('best baseline')
-        print(f"{cell.task:<22}{cell.evaluation.score:<9} {args.repeats} repeats: start {each.mean():.3f}, best baseline {best.mean():.3f}, {study.with_interval(difference(e, each, best))}; networks' shares {', '.join(f'{s:g}' for s in shares)}", flush=True)
+        print(f"{cell.task:<22}{study.score_names[e.score]:<9} {args.repeats} repeats: start {each.mean():.3f}, best baseline {best.mean():.3f}, {study.with_interval(difference(e, each, best))}; networks' shares {', '.join(f'{s:g}' for s in shares)}", flush=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
