@@ -507,6 +507,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.folds.Evaluation.unit': ('folds.html#evaluation.unit', 'aam/folds.py'),
                            'aam.folds.EvaluationOptions': ('folds.html#evaluationoptions', 'aam/folds.py'),
                            'aam.folds.EvaluationOptions.check': ('folds.html#evaluationoptions.check', 'aam/folds.py'),
+                           'aam.folds.EvaluationOptions.grouped_by': ('folds.html#evaluationoptions.grouped_by', 'aam/folds.py'),
                            'aam.folds._of': ('folds.html#_of', 'aam/folds.py'),
                            'aam.folds.check_target': ('folds.html#check_target', 'aam/folds.py'),
                            'aam.folds.given_options': ('folds.html#given_options', 'aam/folds.py'),

@@ -34,6 +34,9 @@ class EvaluationOptions(Options):
     seed:Seed=42 # seed of the folds; fits count on from it
     overwrite:bool=False # replace the evaluation that the folder holds
 
+    @property
+    def grouped_by(self): return self.group_column or self.leave_one_out_column # column whose samples stay together; None: each by itself
+
     def check(self):
         if self.leave_one_out_column and {'folds', 'repeats'} & self.given:
             raise AamError(f'--leave-one-out-column {self.leave_one_out_column}: its values are the folds; leave --folds and --repeats out (--seeds repeats the fits)')
@@ -57,8 +60,8 @@ def train_given(options:dict) -> dict:
     "Options of the training, which within a fold keeps groups whole as well."
     from aam.train import train
     own, evaluation = {'output_dir', 'overwrite', 'seed', 'preset', 'group_column', 'test_size'}, options['evaluation']
-    given, group = {k: v for k, v in _of(train, given_options(options)).items() if k not in own}, evaluation.group_column or evaluation.leave_one_out_column
-    return {**given, 'preset': evaluation.preset} | ({'group_column': group} if group else {})
+    given = {k: v for k, v in _of(train, given_options(options)).items() if k not in own}
+    return {**given, 'preset': evaluation.preset} | ({'group_column': evaluation.grouped_by} if evaluation.grouped_by else {})
 
 # %% ../nbs/41_folds.ipynb #34e0006b
 def pretrain_given(options:dict) -> dict:
@@ -124,7 +127,7 @@ class Evaluation:
     def seeds(self): return [self.options['evaluation'].seed + i for i in range(self.options['evaluation'].seeds)]
     @property
     def unit(self): # what the groups are
-        return self.options['evaluation'].group_column or self.options['evaluation'].leave_one_out_column or 'sample'
+        return self.options['evaluation'].grouped_by or 'sample'
     @cached_property
     def features(self): return make_features(self)
 

@@ -106,8 +106,10 @@ def on_study(args):
     import study
     from aam.comparison import difference, sample_scores, training_means
     cells = study.Study(argparse.Namespace(data=args.data, tasks=study.here/'tasks.json', results=study.here, work=Path('runs/study'), device='cpu'))
-    for cell in cells.part('repeats'):
-        if args.tasks and cell.task not in args.tasks.split(','): continue
+    there = {cell.task: cell for cell in cells.part('repeats')}
+    for task in args.tasks.split(',') if args.tasks else there:
+        if task not in there: raise SystemExit(f"--tasks: {task!r} is no task of the study's repeats; they are {', '.join(there)}")
+        cell = there[task]
         cell = study.Cell(cells, 'repeats', cell.task, cell.variant, repeats=args.repeats)
         e, shares = cell.evaluation, []
         found, means = np.full((args.repeats, len(e.ids), *([len(e.classes)] if e.classes else [])), np.nan), None if e.classes else training_means(e)
