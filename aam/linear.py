@@ -129,15 +129,17 @@ def out_of_fold(X, y, strength:float, classes:int, parts:list) -> np.ndarray: # 
 # %% ../nbs/09_linear.ipynb #09aa0037
 ridge_strengths, logistic_strengths = np.logspace(-2, 3, 11), np.array([1., 3., 10., 30., 100., 300., 1000.])
 
-def choose_strength(X, y, classes:int, groups, seed:int, most:int=1000) -> float:
-    "The inverse penalty with the best out-of-fold outputs, on at most so many samples."
+def choose_strength(X, y, classes:int, groups, seed:int, most:int=1000, deals:int=4) -> float:
+    "The inverse penalty with the best out-of-fold outputs, on at most so many samples, dealt into folds several times."
     strengths = logistic_strengths if classes else ridge_strengths
     some = np.arange(len(y)) if len(y) <= most else np.sort(np.random.default_rng(seed).choice(len(y), most, replace=False))
     X, y = narrow(X[some])[0], y[some]
-    parts = folds(y, classes, None if groups is None else groups[some], seed)
-    if not parts: return float(strengths[len(strengths)//2])
-    judged = np.concatenate([fold for _, fold in parts])
-    return min((output_loss(out_of_fold(X, y, s, classes, parts)[judged], y[judged], classes), float(s)) for s in strengths)[1]
+    dealt = [parts for i in range(deals) if (parts := folds(y, classes, None if groups is None else groups[some], seed + i))]
+    if not dealt: return float(strengths[len(strengths)//2])
+    def loss(s, parts):
+        judged = np.concatenate([fold for _, fold in parts])
+        return output_loss(out_of_fold(X, y, s, classes, parts)[judged], y[judged], classes)
+    return min((np.mean([loss(s, parts) for parts in dealt]), float(s)) for s in strengths)[1]
 
 def fit_linear(
     X:sparse.csr_matrix, # features, (N, 2V + K)

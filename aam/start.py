@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'AsvNetworks', 'network_loss', 'shallower', 'fit_networks', 'network_outputs', 'Start', 'fit_start',
-           'unexplained', 'skill', 'start_share']
+           'mean_loss', 'guesses', 'skill', 'start_share']
 
 # %% ../nbs/11_start.ipynb #10aa0004
 import numpy as np
@@ -173,24 +173,20 @@ def fit_start(
     seed:int=42,
     categories:np.ndarray=None, # of all samples of the table
     sizes:list[int]=(), # values of each categorical column
-    share:float=None, # of the networks; without it, it is chosen
     progress:bool=False, # show a progress bar
 ) -> tuple: # `Start`, out-of-fold outputs (N, O), 0 for samples in no fold
     "A start fitted to `samples`."
     X = linear_features(table, samples, known, categories, sizes)
     weights, bias, left_out = fit_linear(X, y, classes, groups, seed, sum(sizes))
-    start, parts = Start(list(known), list(sizes), weights.astype(np.float32), bias.astype(np.float32), share=share or 0.), folds(y, classes, groups, seed)
-    theirs = np.ones((networks, len(y)))
-    def drawn(rng): return linear_features(shallower(table, samples, rng), range(len(samples)), known, None if categories is None else categories[list(samples)], sizes)
-    if networks and share is None:
-        rest = np.array([np.isin(np.arange(len(y)), rest) for rest, _ in parts]).reshape(len(parts), len(y))
-        every = fit_networks(X, y, np.concatenate([rest, theirs]), classes, seed, drawn, progress=progress)
-        start.networks = every.keep(list(range(len(parts), len(parts) + networks)))
-    elif share: start.networks = fit_networks(X, y, theirs, classes, seed, drawn, progress=progress)
+    start, parts = Start(list(known), list(sizes), weights.astype(np.float32), bias.astype(np.float32)), folds(y, classes, groups, seed)
     if parts:
         judged = np.concatenate([fold for _, fold in parts])
         loss = lambda outputs: output_loss(outputs[judged], y[judged], classes)
-        if networks and share is None:
+        if networks:
+            theirs = np.concatenate([[np.isin(np.arange(len(y)), rest) for rest, _ in parts], np.ones((networks, len(y)))])
+            def drawn(rng): return linear_features(shallower(table, samples, rng), range(len(samples)), known, None if categories is None else categories[list(samples)], sizes)
+            every = fit_networks(X, y, theirs, classes, seed, drawn, progress=progress)
+            start.networks = every.keep(list(range(len(parts), len(theirs))))
             other, said = np.zeros_like(left_out), network_outputs(every, X)
             for k, (_, fold) in enumerate(parts): other[fold] = said[k, fold]
             mixed = {share: left_out + share*(other - left_out) for share in (0., 0.25, 0.5, 0.75, 1.)}
@@ -202,16 +198,24 @@ def fit_start(
     return start, left_out
 
 # %% ../nbs/11_start.ipynb #09aa0041
-def unexplained(
+def mean_loss(
     predicted:np.ndarray, # (N, O), or probabilities (N, classes)
-    actual:np.ndarray, # (N, O), NaN missing; or classes (N,), -1 missing
+    actual:np.ndarray, # (N, O), NaN missing; or classes (N,)
+    fitted:np.ndarray, # the same of samples that were fitted to
 ) -> float:
-    "The loss, over that of the mean, or of the class shares, of `actual`."
-    if actual.ndim > 1: return float(np.nanmean((predicted - actual)**2/np.nanvar(actual, 0).clip(1e-12)))
-    predicted, actual = predicted[actual >= 0], actual[actual >= 0]
-    log_loss = lambda p: -np.log(np.maximum(p[np.arange(len(actual)), actual], 1e-6)).mean()
-    shares = np.bincount(actual, minlength=predicted.shape[1])/len(actual)
-    return float(log_loss(predicted)/max(log_loss(np.tile(shares, (len(actual), 1))), 1e-12))
+    "Of squared errors, or log losses; 1 is what the mean, or the class shares, of `fitted` get on `fitted`."
+    if actual.ndim > 1: return float(np.nanmean((predicted - actual)**2/np.nanvar(fitted, 0).clip(1e-12)))
+    log_loss = lambda p, y: -np.log(np.maximum(p[np.arange(len(y)), y], 1e-6)).mean()
+    return float(log_loss(predicted, actual)/max(log_loss(guesses(fitted, len(fitted), predicted.shape[1]), fitted), 1e-12))
+
+def guesses(
+    fitted:np.ndarray, # targets (M, O), or classes (M,)
+    samples:int, # N
+    outputs:int, # O, or number of classes
+) -> np.ndarray: # (N, outputs)
+    "The mean, or the class shares, for each sample."
+    one = np.nanmean(fitted, 0) if fitted.ndim > 1 else np.bincount(fitted, minlength=outputs)/len(fitted)
+    return np.tile(one, (samples, 1))
 
 def skill(
     loss:float, # over that of guessing
@@ -225,11 +229,14 @@ def start_share(
     learnt:np.ndarray, # predictions of the transformer, whose epoch was chosen on these samples
     start:np.ndarray, # of the start
     actual:np.ndarray, # true values
-    left_out:float=1., # loss of the start on folds that were left out, over that of guessing
+    fitted:np.ndarray, # true values of the samples that both were fitted to
+    left_out:float=1., # loss of the start on folds of these that were left out, over that of guessing
     judged:int=0, # samples of these folds
 ) -> float:
     "Share of the start in a prediction."
     n = len(actual)
-    both = (n*unexplained(start, actual) + judged*left_out)/(n + judged)
-    start, learnt = 10*max(.1, skill(both, n + judged))**2, skill(unexplained(learnt, actual), n, guessed=5)**2
+    loss, guessing = (mean_loss(x, actual, fitted) for x in (start, guesses(fitted, *start.shape)))
+    both = (n*loss + judged*left_out)/max(n*guessing + judged, 1e-12)
+    alone = mean_loss(learnt, actual, fitted)/max(guessing, 1e-12)
+    start, learnt = 10*max(.1, skill(both, n + judged))**2, skill(alone, n, guessed=5)**2
     return start/(start + learnt)

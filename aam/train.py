@@ -176,7 +176,7 @@ def start_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,)
     # weights act like more samples; the head adds log priors
     return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
 
-def start_of(head, task:Task, samples, options, share:float=None): # of the networks, if that is chosen already
+def start_of(head, task:Task, samples, options):
     "A `Start` fitted to `samples`; whole groups (`--group-column`) are in one fold."
     from aam.linear import known_asvs
     from aam.metadata import get_column
@@ -185,8 +185,7 @@ def start_of(head, task:Task, samples, options, share:float=None): # of the netw
     column = get_column(task.inputs.frame, group).iloc[samples] if group else None
     groups = None if column is None else column.fillna(column.index.to_series()).astype(str).to_numpy() # a sample without one is a group of its own
     sizes = [len(values) for values in task.vocabulary.values()]
-    if not task.goal.classes and {'quantile', 'asymmetric'} & set(target.loss_types): share = None # which needs out-of-fold outputs anew
-    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, share, progress=True)
+    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, progress=True)
     start.shift = shift if task.goal.classes else error_quantiles(head, task.data.target[samples], left_out, target)
     return start
 
@@ -213,7 +212,7 @@ def add_start(session, task:Task, predictor, log): # `AsvVectors` of the samples
     if not session.options['target'].linear_start: return vectors
     start = predictor.start = start_of(head, task, task.fit, session.options)
     for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, vectors=vectors, **how)))
-    head.share = start_share(*said, task.actual[task.stop], start.unexplained, start.judged)
+    head.share = start_share(*said, task.actual[task.stop], task.actual[task.fit], start.unexplained, start.judged)
     save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share, start=start.to_dict(), before_refit=None), session.folder.best)
     log.info(f'a prediction is {head.share:.0%} start ({1 - start.share:.0%} of it linear, {start.share:.0%} networks) and {1 - head.share:.0%} what was learnt from sequences')
     return vectors
@@ -222,9 +221,9 @@ def refit_start(session, task:Task, predictor, log):
     "Fits the start in `best_model.pt` anew on the fit and stop samples."
     from aam.checkpoint import load_checkpoint, save_checkpoint
     state, both = load_checkpoint(session.folder.best), sorted([*task.fit, *task.stop])
-    start = start_of(predictor.model.heads['target'], task, both, session.options, predictor.start.share)
+    start = start_of(predictor.model.heads['target'], task, both, session.options)
     save_checkpoint(state | dict(start=start.to_dict(), training_ids=[task.data.table.sample_ids[i] for i in both], before_refit=dict(start=state['start'], samples=task.parts.stop)), session.folder.best)
-    log.info(f'the start of best_model.pt is refitted to {len(both)} samples, those to stop on included; validation scores and predictions of these are of the start before')
+    log.info(f'the start of best_model.pt is refitted to {len(both)} samples, those to stop on included ({start.share:.0%} networks); validation scores and predictions of these are of the start before')
 
 # %% ../nbs/33_train.ipynb #bf870186
 def build_model(session, task:Task, pretrained:dict=None) -> tuple: # model, names of the heads taken from `pretrained`

@@ -89,15 +89,15 @@ def large(samples:int=3000, asvs:int=20_000, each:int=150):
         fit_start(table, range(samples), y, classes, known)
         print(f'{what}: {time.process_time() - began:.0f} CPU-s, the linear model alone {linear:.0f}', flush=True)
 
-def as_evaluated(e, fold, ids, share:float=None): # `Evaluation`, a fold of it, samples to fit on
-    "Outputs, or probabilities, of the test samples by the start as `aam evaluate` fits it; and the share of its networks."
+def as_evaluated(e, fold): # `Evaluation`, a fold of it
+    "Outputs, or probabilities, of the test samples by the start as `aam evaluate` fits it, once more to the samples to stop on, too; and the share of its networks."
     table, classes, at = e.inputs.table, len(e.classes), {s: i for i, s in enumerate(e.inputs.table.sample_ids)}
-    ids = sorted(ids, key=at.get)
+    ids = sorted(fold.fit + fold.stop, key=at.get)
     y, samples, centre, scale = e.y[e.at(ids)], [at[s] for s in ids], 0, 1
     if not classes:
         centre, scale = y.mean(), y.std()
         y = (y[:, None] - centre)/scale
-    start, _ = fit_start(table, samples, y, classes, known_asvs(table, samples), np.array([e.groups[s] for s in ids]), seed=42 + 1000*fold.repeat, share=share)
+    start, _ = fit_start(table, samples, y, classes, known_asvs(table, samples), np.array([e.groups[s] for s in ids]), seed=42 + 1000*fold.repeat)
     outputs = start.outputs(table, [at[s] for s in fold.test])
     return softmax(outputs, 1) if classes else outputs[:, 0]*scale + centre, start.share
 
@@ -114,8 +114,8 @@ def on_study(args):
         e, shares = cell.evaluation, []
         found, means = np.full((args.repeats, len(e.ids), *([len(e.classes)] if e.classes else [])), np.nan), None if e.classes else training_means(e)
         for fold in e.plan:
-            shares.append(as_evaluated(e, fold, fold.fit)[1])
-            found[fold.repeat, e.at(fold.test)] = as_evaluated(e, fold, fold.fit + fold.stop, shares[-1])[0]
+            found[fold.repeat, e.at(fold.test)], share = as_evaluated(e, fold)
+            shares.append(share)
         each, best = np.array([sample_scores(e, p, None if means is None else means[r]) for r, p in enumerate(found)]), cell.each('best baseline')
         print(f"{cell.task:<22}{study.score_names[e.score]:<9} {args.repeats} repeats: start {each.mean():.3f}, best baseline {best.mean():.3f}, {study.with_interval(difference(e, each, best))}; networks' shares {', '.join(f'{s:g}' for s in shares)}", flush=True)
 

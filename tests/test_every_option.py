@@ -383,8 +383,9 @@ def test_linear_start_has_its_share(place, tmp_path):
     learnt, start, mean = (load_predictor(r.best | dict(share=share)).predict(table, sample_ids=r.ids('val')) for share in (0., 1., r.best['share']))
     assert np.abs(learnt - start).max() > 1e-3
     np.testing.assert_allclose(mean, learnt + r.best['share']*(start - learnt), rtol=1e-4)
-    actual = pd.read_csv(tmp_path/'run'/'val_predictions.tsv', sep='\t', index_col=0).actual.to_numpy()[:, None]
-    assert r.best['share'] == pytest.approx(start_share(learnt, start, actual, r.best['start']['unexplained'], r.best['start']['judged']), rel=1e-3)
+    values = pd.read_csv(place('SURVEY/metadata.tsv')[0], sep='\t', index_col=0).soil_ph
+    actual, fitted = (values[r.ids(part)].to_numpy()[:, None] for part in ('val', 'train'))
+    assert r.best['share'] == pytest.approx(start_share(learnt, start, actual, fitted, r.best['start']['unexplained'], r.best['start']['judged']), rel=1e-3)
     assert [line['val_loss'] for line in r.lines] == [line['val_loss'] for line in none.lines]
 
 
