@@ -142,7 +142,7 @@ class Start:
     share:float=0. # of the networks in an output
     shift:np.ndarray=0. # what a head adds to outputs, (O,), or (O, Q) with quantiles
     unexplained:float=1. # loss of out-of-fold outputs, over that of guessing
-    judged:int=0 # samples that this is known from
+    judged:int=0 # groups, or samples without groups, that this is known from
 
     def outputs(self, table:Table, samples, categories=None) -> np.ndarray: # (N, O)
         "Standardised outputs, or log odds, of `samples` of `table`, of all of whose samples `categories` are; not yet shifted."
@@ -193,7 +193,7 @@ def fit_start(
             start.share = min(mixed, key=lambda share: loss(mixed[share]))
             left_out = mixed[start.share]
         guess = np.log(np.bincount(y[judged], minlength=classes).clip(1)/len(judged)) if classes else np.nanmean(y[judged], 0)
-        start.unexplained, start.judged = float(loss(left_out)/max(loss(np.tile(guess, (len(y), 1))), 1e-12)), len(judged)
+        start.unexplained, start.judged = float(loss(left_out)/max(loss(np.tile(guess, (len(y), 1))), 1e-12)), len(judged if groups is None else set(groups[judged]))
     if not start.share: start.networks = None
     return start, left_out
 
@@ -219,11 +219,11 @@ def guesses(
 
 def skill(
     loss:float, # over that of guessing
-    samples:int, # that it is the mean of
-    guessed:int=1, # samples more, with the loss of guessing
+    units:int, # samples, or groups, that it is the mean of
+    guessed:int=1, # units more, with the loss of guessing
 ) -> float:
     "How many times smaller the loss is than that of guessing, less 1; at least 0."
-    return max(0., (samples + guessed)/(samples*loss + guessed) - 1)
+    return max(0., (units + guessed)/(units*loss + guessed) - 1)
 
 def start_share(
     learnt:np.ndarray, # predictions of the transformer, whose epoch was chosen on these samples
@@ -231,12 +231,13 @@ def start_share(
     actual:np.ndarray, # true values
     fitted:np.ndarray, # true values of the samples that both were fitted to
     left_out:float=1., # loss of the start on folds of these that were left out, over that of guessing
-    judged:int=0, # samples of these folds
+    judged:int=0, # groups of these folds, or samples
+    groups=None, # group of each sample
 ) -> float:
     "Share of the start in a prediction."
-    n = len(actual)
+    n = len(actual if groups is None else set(groups))
     loss, guessing = (mean_loss(x, actual, fitted) for x in (start, guesses(fitted, *start.shape)))
     both = (n*loss + judged*left_out)/max(n*guessing + judged, 1e-12)
     alone = mean_loss(learnt, actual, fitted)/max(guessing, 1e-12)
-    start, learnt = 10*max(.1, skill(both, n + judged))**2, skill(alone, n, guessed=5)**2
+    start, learnt = 10*max(.1, skill(both, n + judged))**2, skill(alone, n, guessed=10)**2
     return start/(start + learnt)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_parts', 'check_categories', 'fit_categories',
-           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'start_targets', 'start_of',
-           'error_quantiles', 'add_start', 'refit_start', 'build_model', 'make_plans', 'make_objective', 'make_score',
-           'score_part', 'target_figures', 'finish', 'train']
+           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'start_targets', 'groups_of',
+           'start_of', 'error_quantiles', 'add_start', 'refit_start', 'build_model', 'make_plans', 'make_objective',
+           'make_score', 'score_part', 'target_figures', 'finish', 'train']
 
 # %% ../nbs/33_train.ipynb #18472867
 from dataclasses import dataclass
@@ -176,16 +176,20 @@ def start_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,)
     # weights act like more samples; the head adds log priors
     return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
 
-def start_of(head, task:Task, samples, options):
-    "A `Start` fitted to `samples`; whole groups (`--group-column`) are in one fold."
-    from aam.linear import known_asvs
+def groups_of(task:Task, samples, options):
+    "The group of each of `samples`; None without `--group-column`. A sample without one is a group of its own."
     from aam.metadata import get_column
+    if not options['split'].group_column: return None
+    column = get_column(task.inputs.frame, options['split'].group_column).iloc[samples]
+    return column.fillna(column.index.to_series()).astype(str).to_numpy()
+
+def start_of(head, task:Task, samples, options):
+    "A `Start` fitted to `samples`; whole groups are in one fold."
+    from aam.linear import known_asvs
     from aam.start import fit_start
-    group, target, (y, shift) = options['split'].group_column, options['target'], start_targets(head, task)
-    column = get_column(task.inputs.frame, group).iloc[samples] if group else None
-    groups = None if column is None else column.fillna(column.index.to_series()).astype(str).to_numpy() # a sample without one is a group of its own
+    target, (y, shift) = options['target'], start_targets(head, task)
     sizes = [len(values) for values in task.vocabulary.values()]
-    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups, target.asv_networks, options['run'].seed, task.data.categories, sizes, progress=True)
+    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups_of(task, samples, options), target.asv_networks, options['run'].seed, task.data.categories, sizes, progress=True)
     start.shift = shift if task.goal.classes else error_quantiles(head, task.data.target[samples], left_out, target)
     return start
 
@@ -212,7 +216,7 @@ def add_start(session, task:Task, predictor, log): # `AsvVectors` of the samples
     if not session.options['target'].linear_start: return vectors
     start = predictor.start = start_of(head, task, task.fit, session.options)
     for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, vectors=vectors, **how)))
-    head.share = start_share(*said, task.actual[task.stop], task.actual[task.fit], start.unexplained, start.judged)
+    head.share = start_share(*said, task.actual[task.stop], task.actual[task.fit], start.unexplained, start.judged, groups_of(task, task.stop, session.options))
     save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share, start=start.to_dict(), before_refit=None), session.folder.best)
     log.info(f'a prediction is {head.share:.0%} start ({1 - start.share:.0%} of it linear, {start.share:.0%} networks) and {1 - head.share:.0%} what was learnt from sequences')
     return vectors
