@@ -9,6 +9,7 @@ Tasks, folds, seeds, variants and label shares are in `study/tasks.json`. Folds,
 Each finished fit is a line of `study/results.jsonl`; what is there is not fitted again, unless its options have changed, or
 `recipe` in the tasks, which is to be raised when the same options mean another model. A fit is only
 started if it should end within `--minutes`. `study/results.md`, its pictures and `scores.json`, which the docs draw, are written at the end; what is missing is "not run".
+`--jobs` are all fits at a time; where there are several GPUs they are dealt over these, and cores over the fits, so one command does it.
 `--results FOLDER` writes elsewhere, going on from what `study/` holds. Files of runs and encoders go to `--work`.
 """
 import argparse, hashlib, json, logging, shutil, time
