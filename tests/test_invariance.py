@@ -46,7 +46,7 @@ def data(survey, table):
 
 
 @pytest.fixture(scope='module')
-def predictor(trained): return load_predictor(load_checkpoint(trained/'checkpoints'/'best_model.pt'))
+def predictor(trained): return load_predictor(load_checkpoint(trained/'checkpoints'/'best_model.pt') | dict(share=.5)) # both parts of a prediction matter here
 
 
 def model_of(data, tasks=(*views, 'nuc'), seed=0, memory=None, **options):
