@@ -6,10 +6,11 @@
 `--tiles` launches them in other ways, and tries a forward kernel that takes the width of a head in two parts, so that 96 numbers are 64 and 32 and not 128.
 """
 import argparse, itertools, math
+from functools import partial
 
 import torch
 try: import triton, triton.language as tl
-except ImportError: raise SystemExit('the kernels are written in Triton, which comes with PyTorch for GPUs and is not here')
+except ImportError: raise SystemExit('the kernels are written in Triton, which comes with PyTorch for GPUs and is not here') from None
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aam import attention as kernels
@@ -74,35 +75,44 @@ def milliseconds(function, repeats:int=20) -> float:
     ended.record(); torch.cuda.synchronize()
     return began.elapsed_time(ended)/repeats
 
+def plainly(x, heads, backend):
+    with sdpa_kernel(backend): return plain_attention(x, heads)
+
+def both_plainly(grad, x, heads, backend):
+    x.grad = None
+    plainly(x, heads, backend).backward(grad)
+    return x.grad
+
+def run(size:str, rows:int, tiles:bool, gpu:bool):
+    "Prints a line for each way of computing attention."
+    device, dtype = ('cuda', torch.bfloat16) if gpu else ('cpu', torch.float16) # the interpreter has no bf16
+    heads, D = sizes[size]
+    torch.manual_seed(0)
+    x, grad = (torch.randn(rows, bases, n*heads*D, device=device, dtype=dtype) for n in (3, 1))
+    exact = x[:2].double().cpu().requires_grad_()
+    expected = plain_attention(exact, heads)
+    expected.backward(grad[:2].double().cpu())
+    def show(name, truth, function, *given):
+        found = function(*given)
+        error = ((found if torch.is_tensor(found) else found[0])[:2].double().cpu() - truth).norm()/truth.norm()
+        print(f"{size:<8} {name:<50} error {error:.1e}" + (f'  {milliseconds(partial(function, *given)):7.3f} ms' if gpu else ''), flush=True)
+    out, lse = forward(x, heads, False, 64, 32, 4, 3)
+    if gpu:
+        show('forward', expected, forward_tiles, x, heads)
+        show('backward', exact.grad, backward_tiles, grad, x, out, lse, heads)
+        for backend in SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION:
+            show(f"PyTorch's {backend.name}: forward", expected.detach(), plainly, x, heads, backend)
+            show(f"PyTorch's {backend.name}: forward and backward", exact.grad, both_plainly, grad, x.clone().requires_grad_(), heads, backend)
+    if not tiles and gpu: return
+    for in_two, N, stages in itertools.product((False, True) if D & (D - 1) else (False,), (32, 64), (2, 3)):
+        show(f"forward{' in two parts' if in_two else ''}, tiles of 64 x {N}, {stages} stages", expected, forward, x, heads, in_two, 64, N, 4, stages)
+    for N, stages in itertools.product((32, 64), (1, 2)): show(f'backward, tiles of 64 x {N}, {stages} stages', exact.grad, backward, grad, x, out, lse, heads, 64, N, 4, stages)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--sizes', default='default,medium,large'); p.add_argument('--rows', type=int, default=1616); p.add_argument('--tiles', action='store_true')
     args, gpu = p.parse_args(), torch.cuda.is_available()
-    device, dtype = ('cuda', torch.bfloat16) if gpu else ('cpu', torch.float16) # the interpreter has no bf16
     print(f"{torch.cuda.get_device_name() if gpu else 'interpreter'}, torch {torch.__version__}, triton {triton.__version__}")
-    for size in args.sizes.split(','):
-        heads, D = sizes[size]
-        torch.manual_seed(0)
-        x, grad = (torch.randn(args.rows, bases, n*heads*D, device=device, dtype=dtype) for n in (3, 1))
-        exact = x[:2].double().cpu().requires_grad_()
-        expected = plain_attention(exact, heads)
-        expected.backward(grad[:2].double().cpu())
-        def show(name, function, truth):
-            found = function()
-            error = ((found if torch.is_tensor(found) else found[0])[:2].double().cpu() - truth).norm()/truth.norm()
-            print(f"{size:<8} {name:<50} error {error:.1e}" + (f'  {milliseconds(function):7.3f} ms' if gpu else ''), flush=True)
-        if gpu: out, lse = forward_tiles(x, heads); show('forward', lambda: forward_tiles(x, heads), expected); show('backward', lambda: backward_tiles(grad, x, out, lse, heads), exact.grad)
-        else: out, lse = forward(x, heads, False, 64, 32, 4, 3)
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if gpu else ():
-            given = x.clone().requires_grad_()
-            def plain():
-                with sdpa_kernel(backend): return plain_attention(given, heads)
-            def both(): given.grad = None; plain().backward(grad); return given.grad
-            show(f"PyTorch's {backend.name}: forward", lambda: plain().detach(), expected)
-            show(f"PyTorch's {backend.name}: forward and backward", both, exact.grad)
-        if not args.tiles and gpu: continue
-        two = (False, True) if D & (D - 1) else (False,)
-        for in_two, N, stages in itertools.product(two, (32, 64), (2, 3)): show(f"forward{' in two parts' if in_two else ''}, tiles of 64 x {N}, {stages} stages", lambda: forward(x, heads, in_two, 64, N, 4, stages), expected)
-        for N, stages in itertools.product((32, 64), (1, 2)): show(f'backward, tiles of 64 x {N}, {stages} stages', lambda: backward(grad, x, out, lse, heads, 64, N, 4, stages), exact.grad)
+    for size in args.sizes.split(','): run(size, args.rows, args.tiles, gpu)
 
 if __name__ == '__main__': main()
