@@ -1041,7 +1041,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'aam.train.fit_categories': ('train.html#fit_categories', 'aam/train.py'),
                            'aam.train.fit_target': ('train.html#fit_target', 'aam/train.py'),
                            'aam.train.fit_task': ('train.html#fit_task', 'aam/train.py'),
-                           'aam.train.groups_of': ('train.html#groups_of', 'aam/train.py'),
                            'aam.train.make_objective': ('train.html#make_objective', 'aam/train.py'),
                            'aam.train.make_plans': ('train.html#make_plans', 'aam/train.py'),
                            'aam.train.make_score': ('train.html#make_score', 'aam/train.py'),

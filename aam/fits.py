@@ -126,15 +126,18 @@ def _read_predictions(path:Path, ids, classes) -> list:
     frame = pd.read_csv(path, sep='\t', dtype={'sample_id': str}, keep_default_na=False, na_values=['']).set_index('sample_id').loc[list(ids)]
     return rounded(frame[[f'p_{c}' for c in classes]].to_numpy(float) if classes else frame['prediction'].to_numpy(float), 4 if classes else 6)
 
-def _predict_parts(job:Job, predictor, ids) -> dict: # by name
-    "What the two parts of a prediction say of samples by themselves."
+def _predict_parts(job:Job, predictor) -> dict: # by name
+    "What the two parts of a prediction say by themselves: `parts` of the test samples, `stop_parts` of those to stop on, which tell how to weigh them."
     from aam.session import pick_device
-    e, head, found = read_evaluation(job.source), predictor.model.heads['target'], {}
+    e, head, n, found = read_evaluation(job.source), predictor.model.heads['target'], len(job.fold.test), dict(parts={}, stop_parts={})
     if predictor.start is None: return found
-    share = head.share
+    table, ids, share, device = e.inputs.table, job.fold.test + job.fold.stop, head.share, pick_device(job.training.get('device', 'auto'))
+    data = predictor.data(table)
+    vectors = predictor.vectors(data, [data.position[s] for s in ids], device)
     for name, head.share in dict(start=1., sequences=0.).items():
-        said = predictor.target.point(predictor.predict(e.inputs.table, e.inputs.frame, ids, device=pick_device(job.training.get('device', 'auto'))))
-        found[name] = rounded(said, 4) if e.classes else rounded(said[:, 0])
+        said = predictor.target.point(predictor.predict(table, e.inputs.frame, ids, device=device, vectors=vectors))
+        said = rounded(said, 4) if e.classes else rounded(said[:, 0])
+        found['parts'][name], found['stop_parts'][name] = said[:n], said[n:]
     head.share = share
     return found
 
@@ -148,7 +151,7 @@ def run_aam(job:Job) -> dict:
     run = train(**given, **_write_lists(job.folder/'lists', dict(train=fold.fit, val=fold.stop, test=fold.test)), output_dir=job.folder, seed=job.seed, **_restart(job.folder))
     classes = run.model.target.classes
     found = {part: _read_predictions(job.folder/f'{name}_predictions.tsv', ids, classes) for part, name, ids in (('predicted', 'test', fold.test), ('stop', 'val', fold.stop))}
-    for name, ids in dict(parts=fold.test, stop_parts=fold.stop).items(): found[name] = _predict_parts(job, run.model, ids) # the second tell how the parts should be weighed
+    found |= _predict_parts(job, run.model)
     for folder in (job.folder, *([job.encoder] if job.encoder and not job.keep_encoder else [])): shutil.rmtree(folder/'checkpoints')
     return dict(found, epochs=len((job.folder/'metrics.jsonl').read_text().splitlines()), pretraining=pretraining)
 

@@ -355,19 +355,20 @@ def _by_id(values, ids:list[str]) -> dict[str, str]:
     if not isinstance(values, (dict, pd.Series)): values = dict(zip(ids, values, strict=True))
     return {sample_id: None if pd.isna(values[sample_id]) else str(values[sample_id]) for sample_id in ids}
 
-def _fill_groups(groups:dict[str, str]) -> dict[str, str]:
+def _fill_groups(groups:dict[str, str], warn:bool=True) -> dict[str, str]:
     "A group of its own for each sample without one."
     if groups is None: return None
     lacking = [sample_id for sample_id, group in groups.items() if group is None]
-    if lacking: log.warning(f'samples without a value in the group column ({_named(lacking)}): each counts as a group of its own')
+    if lacking and warn: log.warning(f'samples without a value in the group column ({_named(lacking)}): each counts as a group of its own')
     return {sample_id: f'only {sample_id}' if group is None else group for sample_id, group in groups.items()}
 
 def group_of_each(
     groups, # group of each sample: a series or dict by ID; or None
     ids:list[str], # sample IDs
+    warn:bool=True, # of samples without one
 ) -> dict[str, str]: # by ID; None if there are none
     "The group of each sample; one without a group is a group of its own."
-    return _fill_groups(_by_id(groups, ids))
+    return _fill_groups(_by_id(groups, ids), warn)
 
 def split_samples(
     ids:list[str], # all usable sample IDs

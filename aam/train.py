@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_target', 'fit_target', 'check_head', 'warn_of_range', 'check_parts', 'check_categories', 'fit_categories',
-           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'start_targets', 'groups_of',
-           'start_of', 'error_quantiles', 'add_start', 'refit_start', 'build_model', 'make_plans', 'make_objective',
-           'make_score', 'score_part', 'target_figures', 'finish', 'train']
+           'choose_weights', 'warn_of_seen', 'Task', 'read_task', 'fit_task', 'facts', 'start_targets', 'start_of',
+           'error_quantiles', 'add_start', 'refit_start', 'build_model', 'make_plans', 'make_objective', 'make_score',
+           'score_part', 'target_figures', 'finish', 'train']
 
 # %% ../nbs/33_train.ipynb #18472867
 from dataclasses import dataclass
@@ -123,6 +123,7 @@ class Task:
     parts:object # `Split`: IDs of the samples to fit, stop and test on
     goal:object # `Target`: columns, classes, transform
     actual:object # true values of all samples, (N, O) or (N,)
+    groups:object # group of each sample (N,); None without --group-column
     data:object # `SampleData`: what batches are made of
     weights:dict # of the losses that are on
     fit:list=None # positions of the samples to fit on
@@ -136,17 +137,21 @@ class Task:
 # %% ../nbs/33_train.ipynb #365edaa7
 def read_task(session, weights:dict) -> Task:
     "Reads and splits the samples that the options of `session` name."
+    import numpy as np
     from aam.inputs import read_inputs, sample_data
+    from aam.metadata import get_column, group_of_each
     o = session.options
     target, loss, encoder = o['target'], o['loss'], o['encoder']
     inputs = read_inputs(o['input'], target.metadata, target.columns[0] if target.classifier else None)
     check_categories(o['categories'], target, inputs)
     goal, actual = read_target(target, inputs)
+    by = o['split'].group_column
+    groups = np.array(list(group_of_each(get_column(inputs.frame, by), inputs.sample_ids, warn=False).values())) if by else None # the split warns
     parts = session.split(inputs, [goal.classes[a] for a in actual] if goal.classes else None)
     data = sample_data(inputs, o['input'], encoder, o['run'].seed, unifrac_metric=encoder.unifrac_metric, unifrac_alpha=encoder.unifrac_alpha, nuc_mask_ratio=loss.nuc_mask_ratio, nuc_mask_strategy=loss.nuc_mask_strategy)
     fit, stop = ([data.position[s] for s in ids] for ids in (parts.fit, parts.stop))
     check_parts(goal, actual, fit, stop)
-    return Task(inputs, parts, goal, actual, data, weights, fit, stop)
+    return Task(inputs, parts, goal, actual, groups, data, weights, fit, stop)
 
 def fit_task(session, task:Task, log):
     "Fits on the fit samples what does not need a model, and gives `task.data` the targets and categories of all samples."
@@ -176,20 +181,13 @@ def start_targets(head, task:Task) -> tuple: # (N, O) or (N,), (O,)
     # weights act like more samples; the head adds log priors
     return task.data.target, -centre if task.class_weights is None else np.log(np.maximum(task.class_weights.numpy(), 1e-3)) - centre
 
-def groups_of(task:Task, samples, options):
-    "The group of each of `samples`; None without `--group-column`. A sample without one is a group of its own."
-    from aam.metadata import get_column
-    if not options['split'].group_column: return None
-    column = get_column(task.inputs.frame, options['split'].group_column).iloc[samples]
-    return column.fillna(column.index.to_series()).astype(str).to_numpy()
-
 def start_of(head, task:Task, samples, options):
     "A `Start` fitted to `samples`; whole groups are in one fold."
     from aam.linear import known_asvs
     from aam.start import fit_start
     target, (y, shift) = options['target'], start_targets(head, task)
     sizes = [len(values) for values in task.vocabulary.values()]
-    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), groups_of(task, samples, options), target.asv_networks, options['run'].seed, task.data.categories, sizes, progress=True)
+    start, left_out = fit_start(task.data.table, samples, y[samples], len(task.goal.classes or ()), known_asvs(task.data.table, samples), None if task.groups is None else task.groups[samples], target.asv_networks, options['run'].seed, task.data.categories, sizes, progress=True)
     start.shift = shift if task.goal.classes else error_quantiles(head, task.data.target[samples], left_out, target)
     return start
 
@@ -216,7 +214,7 @@ def add_start(session, task:Task, predictor, log): # `AsvVectors` of the samples
     if not session.options['target'].linear_start: return vectors
     start = predictor.start = start_of(head, task, task.fit, session.options)
     for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, vectors=vectors, **how)))
-    head.share = start_share(*said, task.actual[task.stop], task.actual[task.fit], start.unexplained, start.judged, groups_of(task, task.stop, session.options))
+    head.share = start_share(*said, task.actual[task.stop], task.actual[task.fit], start.unexplained, start.judged, None if task.groups is None else task.groups[task.stop])
     save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share, start=start.to_dict(), before_refit=None), session.folder.best)
     log.info(f'a prediction is {head.share:.0%} start ({1 - start.share:.0%} of it linear, {start.share:.0%} networks) and {1 - head.share:.0%} what was learnt from sequences')
     return vectors

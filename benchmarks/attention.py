@@ -112,6 +112,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--sizes', default='default,medium,large'); p.add_argument('--rows', type=int, default=1616); p.add_argument('--tiles', action='store_true')
     args, gpu = p.parse_args(), torch.cuda.is_available()
+    if unknown := set(args.sizes.split(',')) - set(sizes): p.error(f"--sizes: {', '.join(sorted(unknown))}; there are {', '.join(sizes)}")
     print(f"{torch.cuda.get_device_name() if gpu else 'interpreter'}, torch {torch.__version__}, triton {triton.__version__}")
     for size in args.sizes.split(','): run(size, args.rows, args.tiles, gpu)
 
