@@ -186,6 +186,8 @@ def write_folder(self:Session, inputs:Inputs, split:Split):
     elif self.resumed:
         for name in ('checkpoints/best_model.pt', 'metrics.jsonl'):
             if (source := self.resumed['path'].parent.parent/name).exists(): shutil.copy(source, self.folder/name)
+        state = self.resumed['path'] # here, too, lest this run be stopped before it saves another, or have no epochs left
+        (shutil.copytree if state.is_dir() else shutil.copy)(state, self.folder.last.with_suffix(state.suffix))
     write_messages_to(self.folder/'training.log', self.messages)
     for name, ids in dict(train=split.fit, val=split.stop, test=split.test).items():
         if ids: write_ids(ids, self.folder/f'{name}_samples.txt')

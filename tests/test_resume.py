@@ -96,11 +96,11 @@ def recorded_steps(folder):
 def test_train_killed_twice_and_resumed(aam, survey, undisturbed, tmp_path):
     "By the folder of the run, then by 'auto'."
     whole, folder, rng = undisturbed('train'), tmp_path/'run', random.Random(1)
-    assert kill_after(aam, command(aam, survey, 'train', folder), folder, rng.randint(1, 2), rng.uniform(0, 0.3))
+    assert kill_after(aam, command(aam, survey, 'train', folder), folder, rng.randint(1, 2), rng.uniform(0, 0.1))
     last = folder/'checkpoints'/'last.pt'
     done = load_checkpoint(last, part='training')['training']['counters']['epoch'] if last.exists() else 0
     resumed = command(aam, survey, 'train', folder, '--resume-from', folder if done else 'auto')
-    kill_after(aam, resumed, folder, min(max(done + 1, 3), epochs), rng.uniform(0, 0.3))
+    kill_after(aam, resumed, folder, min(max(done + 1, 3), epochs), rng.uniform(0, 0.1))
     aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto'))
     expect_equal(folder, whole)
     steps = recorded_steps(whole)
@@ -124,7 +124,7 @@ def test_train_killed_before_its_first_epoch(aam, survey, undisturbed, tmp_path)
 def test_pretrain_killed_and_resumed_elsewhere(aam, survey, undisturbed, tmp_path):
     "From a file into another folder; the killed run stays as it was."
     whole, first, second = undisturbed('pretrain'), tmp_path/'first', tmp_path/'second'
-    assert kill_after(aam, command(aam, survey, 'pretrain', first), first, 2, random.Random(2).uniform(0, 0.3))
+    assert kill_after(aam, command(aam, survey, 'pretrain', first), first, 2, random.Random(2).uniform(0, 0.1))
     kept = {p: p.read_bytes() for p in first.rglob('*') if p.is_file()}
     aam(*command(aam, survey, 'pretrain', second, '--resume-from', first/'checkpoints'/'last.pt'))
     expect_equal(second, whole)
@@ -132,11 +132,13 @@ def test_pretrain_killed_and_resumed_elsewhere(aam, survey, undisturbed, tmp_pat
 
 
 def test_finished_run_resumed(aam, survey, undisturbed, tmp_path):
-    "Nothing changes, and options other than its own are refused."
+    "Nothing changes, in place or in another folder, and options other than its own are refused."
     whole, folder = undisturbed('train'), tmp_path/'run'
     shutil.copytree(whole, folder)
     aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto'))
     expect_equal(folder, whole)
+    aam(*command(aam, survey, 'train', tmp_path/'other', '--resume-from', folder))
+    expect_equal(tmp_path/'other', whole)
     refused = aam(*command(aam, survey, 'train', folder, '--resume-from', 'auto', '--dropout', 0.3), fails=True)
     assert refused.returncode == 2 and '--dropout 0.3' in refused.err
 
