@@ -255,7 +255,7 @@ class TargetOptions(Options):
     val_prediction_passes:Number(int, 1)=4 # rarefactions whose predictions are averaged, in the final scores and, unless told otherwise, in predict
     pretrained_encoder:Path=None # best_model.pt of a pretrain run
     freeze_base:bool=False # keep the encoder as it is and train the head alone
-    linear_start:Flag=True # average what is learnt with a penalised linear model, and small networks, on the training ASVs
+    linear_start:Flag=True # average what is learnt with a penalised linear model and small networks on the training ASVs, and one on 6-mers if it helps
     asv_networks:Number(int, 0)=4 # small networks beside the linear model of the start; 0: none
     refit:Flag=True # once the best epoch is chosen, fit the start anew on the samples to fit and to stop on; what is predicted for the latter is of the start before
 

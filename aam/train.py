@@ -216,7 +216,7 @@ def add_start(session, task:Task, predictor, log): # `AsvVectors` of the samples
     for head.share in 0., 1.: said.append(task.goal.point(predictor.predict(inputs.table, inputs.frame, task.parts.stop, batch_size=training.batch_size, vectors=vectors, **how)))
     head.share = start_share(*said, task.actual[task.stop], task.actual[task.fit], start.unexplained, start.judged, None if task.groups is None else task.groups[task.stop])
     save_checkpoint(load_checkpoint(session.folder.best) | dict(share=head.share, start=start.to_dict(), before_refit=None), session.folder.best)
-    log.info(f'a prediction is {head.share:.0%} start ({1 - start.share:.0%} of it linear, {start.share:.0%} networks) and {1 - head.share:.0%} what was learnt from sequences')
+    log.info(f'a prediction is {head.share:.0%} start (of it {start}) and {1 - head.share:.0%} what was learnt from sequences')
     return vectors
 
 def refit_start(session, task:Task, predictor, log):
@@ -225,7 +225,7 @@ def refit_start(session, task:Task, predictor, log):
     state, both = load_checkpoint(session.folder.best), sorted([*task.fit, *task.stop])
     start = start_of(predictor.model.heads['target'], task, both, session.options)
     save_checkpoint(state | dict(start=start.to_dict(), training_ids=[task.data.table.sample_ids[i] for i in both], before_refit=dict(start=state['start'], samples=task.parts.stop)), session.folder.best)
-    log.info(f'the start of best_model.pt is refitted to {len(both)} samples, those to stop on included ({start.share:.0%} networks); validation scores and predictions of these are of the start before')
+    log.info(f'the start of best_model.pt is refitted to {len(both)} samples, those to stop on included ({start}); validation scores and predictions of these are of the start before')
 
 # %% ../nbs/33_train.ipynb #bf870186
 def build_model(session, task:Task, pretrained:dict=None) -> tuple: # model, names of the heads taken from `pretrained`

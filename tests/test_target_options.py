@@ -15,7 +15,7 @@ from aam.config import target_transform_names
 from aam.inference import load_predictor
 from aam.metrics import shown_names
 from aam.predict import predict
-from aam.table import read_table
+from aam.table import make_table, read_table, write_table
 from aam.train import train
 from aam.transforms import TargetTransform
 
@@ -374,3 +374,21 @@ def test_variance_of_one_pass_is_refused(run, survey, tmp_path, capsys):
     words = ['predict', '--model', r.paths['best_model'], '--table', survey/'table.biom', '--output', tmp_path/'out.tsv', '--output-variance']
     assert main(list(map(str, words))) == 2
     assert '--prediction-passes of at least 2' in capsys.readouterr().err and not (tmp_path/'out.tsv').exists()
+
+
+def test_relatives_of_known_asvs_tell(tmp_path):
+    "Each site has ASVs of its own, of two families, so that 6-mers alone say anything of new sites; from the checkpoint, on a table without the old ones."
+    rng, sites = np.random.default_rng(0), np.arange(120)//3
+    ancestors = rng.integers(4, size=(2, 60))
+    sequences = [''.join('ACGT'[b] for b in np.where(rng.random(60) < .05, rng.integers(4, size=60), ancestors[i % 2])) for i in range(800)]
+    first = rng.uniform(.1, .9, 120) # share of the first family
+    counts = (np.arange(800)//20 == sites[:, None])*(rng.random((120, 800)) < np.stack([first, 1 - first], 1)[:, np.arange(800) % 2])*100
+    ids = np.array([f's{i:03}' for i in range(120)])
+    for name, some in dict(old=sites < 30, new=sites >= 30).items():
+        held = np.flatnonzero(counts[some].sum(0))
+        write_table(make_table(counts[some][:, held], list(ids[some]), [sequences[i] for i in held]), tmp_path/f'{name}.biom')
+    pd.DataFrame(dict(sample_id=ids, first=first.round(4), site=sites)).to_csv(tmp_path/'metadata.tsv', sep='\t', index=False)
+    run = train(table=tmp_path/'old.biom', metadata=tmp_path/'metadata.tsv', metadata_column='first', group_column='site', output_dir=tmp_path/'run', **tiny)
+    assert ', 0% 6-mers' not in (run.folder/'training.log').read_text()
+    said = load_predictor(load_checkpoint(run.paths['best_model'])).predict(read_table(tmp_path/'new.biom'))[:, 0]
+    assert sk.r2_score(first[sites >= 30], said) > .4, said
