@@ -161,11 +161,12 @@ def fit_linear(
     groups=None, # group of each sample, kept in one fold
     seed:int=42,
     more:int=0, # columns of the categories
+    deals:int=4, # ways to deal samples into folds
 ): # coefficients (2V + K, O), bias (O,), out-of-fold outputs (N, O)
     "A ridge or logistic regression whose penalty grouped cross-validation chooses."
     scales = block_scales(X, more)
     X, back = narrow(scaled(X, scales))
-    strength = choose_strength(X, y, classes, groups, seed)
+    strength = choose_strength(X, y, classes, groups, seed, deals=deals)
     weights, bias = fit_scaled(X, y, strength, classes)
     return back(weights) * scales[:, None], bias, out_of_fold(X, y, strength, classes, folds(y, classes, groups, seed))
 
@@ -229,7 +230,7 @@ def fit_kmers(
     ends = np.cumsum(np.bincount(place))
     some = np.sort(np.argsort(place, kind='stable')[:max(ends[ends <= most], default=most)])
     if classes and len(set(y[some])) < len(set(y)): some = np.sort(np.random.default_rng(seed).permutation(len(y))[:most]) # whole groups lack a class
-    weights, bias, left_out = fit_linear(kmer_features(table, samples[some], categories, sizes), y[some], classes, None if groups is None else groups[some], seed, sum(sizes))
+    weights, bias, left_out = fit_linear(kmer_features(table, samples[some], categories, sizes), y[some], classes, None if groups is None else groups[some], seed, sum(sizes), deals=1)
     if len(some) == len(y): return weights, bias, left_out
     outputs = kmer_outputs(table, samples, weights, categories, sizes) + bias
     outputs[some] = left_out
