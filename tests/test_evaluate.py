@@ -70,7 +70,7 @@ def test_signal_that_only_known_subjects_have(fields, tmp_path):
 
 def test_labels_permuted_within_groups(fields, tmp_path):
     "Seasons are found; seasons that were dealt anew among the visits of each site are not."
-    true = run(fields, tmp_path/'true', metadata_column='season', classifier=True, group_column='subject_id')['methods']
+    true = run(fields, tmp_path/'true', metadata_column='season', classifier=True, group_column='subject_id', refit=False)['methods']
     shuffled = run(fields, tmp_path/'shuffled', metadata_column='shuffled', classifier=True, group_column='subject_id')['methods']
     for name in ('aam', 'linear, log abundance', 'linear, 6-mers', 'best baseline', 'aam + trees'): assert true[name]['accuracy'] > .45, name
     chance = stats.binom(96, 1/4).ppf(.9995)/96
@@ -188,7 +188,7 @@ def test_neighbours_are_those_of_the_metric(fields, metric):
 # ---- classes that a fold cannot know
 
 def test_class_absent_from_a_training_fold_counts_as_wrong(fields, tmp_path):
-    results = run(fields, tmp_path/'out', metadata_column='rare', classifier=True, group_column='subject_id')
+    results = run(fields, tmp_path/'out', metadata_column='rare', classifier=True, group_column='subject_id', refit=False)
     assert results['unfitted_classes'] == {'bog': 1}
     found = pd.read_csv(tmp_path/'out'/'predictions.tsv', sep='\t')
     bog = found[found.actual == 'bog']
@@ -240,7 +240,7 @@ def test_false_alarms_are_rare():
 
 def test_scores_are_those_of_scikit_learn(fields, tmp_path):
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
-    results = run(fields, tmp_path/'out', metadata_column='season', classifier=True, seeds=2, repeats=2, folds=2, n_estimators=5)
+    results = run(fields, tmp_path/'out', metadata_column='season', classifier=True, seeds=2, repeats=2, folds=2, n_estimators=5, linear_start=False)
     found = pd.read_csv(tmp_path/'out'/'predictions.tsv', sep='\t')
     assert len(found) == 2*96 and found.groupby('repeat').sample_id.nunique().tolist() == [96, 96]
     for name in ('Random Forest', 'aam, seeds averaged'): # one prediction a repeat
