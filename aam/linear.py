@@ -80,21 +80,20 @@ def _ridge(X, y, strength):
         weights[:, i], bias[i] = fitted.coef_, fitted.intercept_
     return weights, bias
 
-def _logistic(X, y, strengths, classes):
-    "Coefficients (columns, classes) and bias of logistic regressions, each begun where the one before ended; a class without a sample gets a low bias."
+def _logistic(X, y, strength, classes):
+    "Coefficients (columns, classes) and bias of a logistic regression; a class without a sample gets a low bias."
     from sklearn.linear_model import LogisticRegression
-    model = LogisticRegression(max_iter=500, warm_start=True)
-    for model.C in strengths:
-        weights, bias = np.zeros((X.shape[1], classes)), np.full(classes, -10.)
-        if len(set(y)) < 2: bias[y[0]] = 0.
-        elif len(model.fit(X, y).classes_) == 2: # scikit-learn keeps the difference of two logits
-            weights[:, model.classes_[1]], bias[model.classes_] = model.coef_[0], [0, model.intercept_[0]]
-        else: weights[:, model.classes_], bias[model.classes_] = model.coef_.T, model.intercept_
-        yield weights, bias
+    weights, bias = np.zeros((X.shape[1], classes)), np.full(classes, -10.)
+    if len(set(y)) < 2: return weights, np.where(np.arange(classes) == y[0], 0., bias)
+    fitted = LogisticRegression(C=strength, max_iter=500).fit(X, y)
+    if len(fitted.classes_) == 2: # scikit-learn keeps the difference of two logits
+        weights[:, fitted.classes_[1]], bias[fitted.classes_] = fitted.coef_[0], [0, fitted.intercept_[0]]
+    else: weights[:, fitted.classes_], bias[fitted.classes_] = fitted.coef_.T, fitted.intercept_
+    return weights, bias
 
-def fit_scaled(X, y, strengths, classes) -> list:
-    "Coefficients and bias of the model for classes or numbers, with each of `strengths`."
-    return list(_logistic(X, y, strengths, classes)) if classes else [_ridge(X, y, s) for s in strengths]
+def fit_scaled(X, y, strength, classes):
+    "Coefficients and bias of the model for classes or numbers."
+    return _logistic(X, y, strength, classes) if classes else _ridge(X, y, strength)
 
 def output_loss(outputs, y, classes):
     "Mean squared error, or mean log loss."
@@ -132,11 +131,12 @@ def folds(y, classes, groups, seed, n:int=5):
         warnings.simplefilter('ignore', UserWarning) # a class with fewer samples than folds
         return [(rest, fold) for rest, fold in splitter.split(y, y if classes else None, groups) if not classes or len(set(y[rest])) > 1]
 
-def out_of_fold(X, y, strengths, classes:int, parts:list) -> np.ndarray: # (S, N, O)
-    "Outputs for each fold of `parts` by the model of the rest, with each of S `strengths`; 0 for a sample in none."
-    outputs = np.zeros((len(strengths), len(y), classes or y.shape[1]))
+def out_of_fold(X, y, strength:float, classes:int, parts:list) -> np.ndarray: # (N, O)
+    "Outputs for each fold of `parts` by the model of the rest; 0 for a sample in none."
+    outputs = np.zeros((len(y), classes or y.shape[1]))
     for rest, fold in parts:
-        for to, (weights, bias) in zip(outputs, fit_scaled(X[rest], y[rest], strengths, classes)): to[fold] = X[fold] @ weights + bias
+        weights, bias = fit_scaled(X[rest], y[rest], strength, classes)
+        outputs[fold] = X[fold] @ weights + bias
     return outputs
 
 # %% ../nbs/09_linear.ipynb #09aa0037
@@ -149,10 +149,10 @@ def choose_strength(X, y, classes:int, groups, seed:int, most:int=1000, deals:in
     X, y = narrow(X[some])[0], y[some]
     dealt = [parts for i in range(deals) if (parts := folds(y, classes, None if groups is None else groups[some], seed + i))]
     if not dealt: return float(strengths[len(strengths)//2])
-    def losses(parts):
+    def loss(s, parts):
         judged = np.concatenate([fold for _, fold in parts])
-        return [output_loss(outputs[judged], y[judged], classes) for outputs in out_of_fold(X, y, strengths, classes, parts)]
-    return float(strengths[np.argmin(np.mean([losses(parts) for parts in dealt], 0))])
+        return output_loss(out_of_fold(X, y, s, classes, parts)[judged], y[judged], classes)
+    return min((np.mean([loss(s, parts) for parts in dealt]), float(s)) for s in strengths)[1]
 
 def fit_linear(
     X:sparse.csr_matrix, # features, (N, 2V + K)
@@ -167,8 +167,8 @@ def fit_linear(
     scales = block_scales(X, more)
     X, back = narrow(scaled(X, scales))
     strength = choose_strength(X, y, classes, groups, seed, deals=deals)
-    (weights, bias), = fit_scaled(X, y, [strength], classes)
-    return back(weights) * scales[:, None], bias, out_of_fold(X, y, [strength], classes, folds(y, classes, groups, seed))[0]
+    weights, bias = fit_scaled(X, y, strength, classes)
+    return back(weights) * scales[:, None], bias, out_of_fold(X, y, strength, classes, folds(y, classes, groups, seed))
 
 # %% ../nbs/09_linear.ipynb #09aa0051
 def count_kmers(sequences:list[str]) -> sparse.csr_matrix: # (A, 4096)
