@@ -109,10 +109,13 @@ def scaled(X:sparse.csr_matrix, scales:np.ndarray):
 
 def narrow(X, most:int=2000) -> tuple: # (N, columns) -> (N, at most N), function
     "Columns, no more than there are samples, with the same inner products, and what turns their coefficients into those of `X`; more than `most` samples stay as they are."
+    alike = np.zeros((X.shape[0], 1)), lambda weights: np.zeros((X.shape[1], weights.shape[1])) # no sample differs from another
+    if not X.shape[1]: return alike
     if X.shape[0] >= X.shape[1] or X.shape[0] > most: return X, lambda weights: weights
     products = X @ X.T
     values, vectors = np.linalg.eigh(products.toarray() if sparse.issparse(products) else products)
     kept = values > 1e-10*values[-1]
+    if not kept.any(): return alike
     vectors, roots = vectors[:, kept], values[kept]**.5
     return vectors * roots, lambda weights: X.T @ (vectors / roots @ weights)
 
@@ -178,17 +181,18 @@ def count_kmers(sequences:list[str]) -> sparse.csr_matrix: # (A, 4096)
     return sparse.csr_matrix((np.ones(ids.size), (row, ids.ravel())), (len(ids), 4**6 + 1))[:, :4**6]
 
 def weighted_kmers(
-    weights:sparse.csr_matrix, # of the ASVs in each sample, (N, A)
+    weights:list, # of the ASVs in each sample, csr matrices (N, A), as in `asv_weights`
     sequences:list[str], # of the ASVs, (A,)
-    coefficients:np.ndarray=None, # (4096, O)
+    coefficients:list=None, # of each of `weights`, (4096, O)
     block:int=8192, # ASVs at a time
-) -> np.ndarray: # (N, 4096), or (N, O) with `coefficients`
+) -> list: # for each of `weights` (N, 4096), or (N, O) with `coefficients`
     "Sums of the 6-mers of each sample, or what `coefficients` make of them."
-    held, total = np.unique(weights.indices), np.zeros((weights.shape[0], 4**6 if coefficients is None else coefficients.shape[1]), np.float32 if coefficients is None else float)
+    held = np.unique(weights[0].indices)
+    totals = [np.zeros((len(w.indptr) - 1, 4**6), np.float32) for w in weights] if coefficients is None else [np.zeros((len(w.indptr) - 1, c.shape[1])) for w, c in zip(weights, coefficients)]
     for some in np.split(held, range(block, len(held), block)):
         kmers = count_kmers([sequences[i] for i in some])
-        total += weights[:, some] @ kmers if coefficients is None else weights[:, some] @ (kmers @ coefficients)
-    return total
+        for i, w in enumerate(weights): totals[i] += w[:, some] @ (kmers if coefficients is None else kmers @ coefficients[i])
+    return totals
 
 def kmer_features(
     table:Table,
@@ -197,7 +201,7 @@ def kmer_features(
     sizes:list[int]=(),
 ) -> sparse.csr_matrix: # (N, 2*4096 + K)
     "The blocks of 6-mers of `samples`."
-    blocks = [sparse.csr_matrix(weighted_kmers(w, table.sequences)) for w in asv_weights(table, samples)]
+    blocks = [sparse.csr_matrix(sums) for sums in weighted_kmers(asv_weights(table, samples), table.sequences)]
     return sparse.hstack(blocks + ([one_hot(categories[list(samples)], sizes)] if len(sizes) else [])).tocsr()
 
 def kmer_outputs(
@@ -208,7 +212,7 @@ def kmer_outputs(
     sizes:list[int]=(),
 ) -> np.ndarray: # (N, O)
     "`kmer_features` times `weights`, without these features."
-    out = sum(weighted_kmers(w, table.sequences, part) for w, part in zip(asv_weights(table, samples), np.split(weights[:2*4**6], 2)))
+    out = sum(weighted_kmers(asv_weights(table, samples), table.sequences, np.split(weights[:2*4**6], 2)))
     return out + one_hot(categories[list(samples)], sizes) @ weights[2*4**6:] if len(sizes) else out
 
 

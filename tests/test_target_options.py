@@ -392,3 +392,14 @@ def test_relatives_of_known_asvs_tell(tmp_path):
     assert ', 0% 6-mers' not in (run.folder/'training.log').read_text()
     said = load_predictor(load_checkpoint(run.paths['best_model'])).predict(read_table(tmp_path/'new.biom'))[:, 0]
     assert sk.r2_score(first[sites >= 30], said) > .4, said
+
+
+def test_no_asv_is_in_two_samples(tmp_path):
+    "Nothing is known by name; there are predictions all the same."
+    rng, ids = np.random.default_rng(0), [f's{i:02}' for i in range(40)]
+    sequences = sorted({''.join(rng.choice(list('ACGT'), 60)) for _ in range(200)})
+    write_table(make_table(np.repeat(np.eye(40, dtype=int), 5, 1)*rng.integers(1, 50, 200), ids, sequences), tmp_path/'table.biom')
+    pd.DataFrame(dict(sample_id=ids, y=rng.normal(size=40).round(3), kind=['a', 'b']*20)).to_csv(tmp_path/'metadata.tsv', sep='\t', index=False)
+    for column, classifier in dict(y=False, kind=True).items():
+        run = train(table=tmp_path/'table.biom', metadata=tmp_path/'metadata.tsv', metadata_column=column, classifier=classifier, output_dir=tmp_path/column, **{**tiny, 'rarefy_depth': 5})
+        assert len(validated(run).dropna()) == 8
